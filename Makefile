@@ -1,0 +1,66 @@
+# Two commands do everything: `make course` and `make test`. Both make `.venv` where needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+# One worker a core, each with one thread; a file stays with its worker.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+NBVAL := GEMMATE_PROFILE=tiny $(BIN)/python tests/offline.py $(PYTEST) --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout=300 -W ignore
+
+.DEFAULT_GOAL := help
+.PHONY: help course test test-slow lint types notebooks lab bench lock outputs readme clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+$(VENV)/.made: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[notebook,dev]"
+	@touch $@
+
+course: $(VENV)/.made ## Run notebooks 00 to 06 headless on the embedded model
+	$(BIN)/gemmate course --profile tiny
+
+test: lint types unit course-notebooks ## Everything that must hold before a commit, in minutes
+
+.PHONY: unit
+unit: $(VENV)/.made
+	$(PYTEST) -m "not slow and not gpu"
+
+test-slow: $(VENV)/.made ## What takes longer: the solutions, the offline course, the rebuild, the true shape
+	$(NBVAL) notebooks/solutions
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.made ## Style and the floors of the house
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/.made ## Static types
+	$(BIN)/mypy
+
+notebooks: $(VENV)/.made ## Re-run every notebook and compare with its stored outputs, without a network if possible
+	$(NBVAL) notebooks
+
+.PHONY: course-notebooks
+course-notebooks: $(VENV)/.made
+	$(NBVAL) notebooks/*.ipynb
+
+outputs: $(VENV)/.made ## Run every notebook in place and store its outputs
+	GEMMATE_PROFILE=tiny $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb notebooks/solutions/*.ipynb
+
+readme: $(VENV)/.made ## Measure the results again and write the README's generated tables
+	$(BIN)/python tests/integration/test_results.py
+
+lab: $(VENV)/.made ## Open the notebooks in JupyterLab
+	$(BIN)/jupyter lab notebooks
+
+bench: $(VENV)/.made ## Measure what fits this machine
+	$(BIN)/python benchmarks/true_shape.py
+
+lock: ## Resolve the lock again, for Python 3.11 to 3.13
+	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-annotate --no-header --no-emit-index-url pyproject.toml -o constraints.txt
+
+clean: ## Remove what was made here, the environment too
+	rm -rf $(VENV) runs build dist .pytest_cache .ruff_cache .mypy_cache .import_linter_cache

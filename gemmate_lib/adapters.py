@@ -1,0 +1,191 @@
+"""Adapters: which layers LoRA adapts; attach, save and load; refuse what would fail silently."""
+
+import contextlib
+import json
+import warnings
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemmate_lib.config import GemmateError, LoraSettings
+
+if TYPE_CHECKING:
+    from peft import LoraConfig, PeftConfig, PeftModel
+
+    from gemmate_lib.models import LoadedModel
+
+RECORD = "gemmate_base.json"  # travels with an adapter or a 4-bit copy: which base it belongs to
+GEMMA_STYLE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+PROJECTIONS = GEMMA_STYLE | {"c_attn", "c_fc", "c_proj"}  # the latter: GPT-2
+Base = dict[str, str | None]  # id, revision, weights_sha256
+
+
+def target_modules(model: Any, *, every: bool = False) -> list[str]:
+    """The projections LoRA adapts, sorted; `every`: all linear layers; never the output head."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head = model.get_output_embeddings()
+    names = {
+        name.removesuffix(".base_layer").rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and module is not head
+        and ".lora_" not in name
+    }
+    return sorted(names if every or not names & PROJECTIONS else names & PROJECTIONS)
+
+
+def attach_lora(model: Any, settings: LoraSettings, *, seed: int) -> "PeftModel":
+    """Attach a fresh adapter (its A matrices drawn from `seed`); the same one twice is no change.
+
+    Raises: GemmateError for another adapter, unknown layers, or layers tied to the embeddings.
+    Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685
+    """
+    from peft import PeftModel, get_peft_model
+    from transformers import set_seed
+
+    config = _lora_config(model, settings)
+    if isinstance(model, PeftModel):
+        fields = ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora")
+        old = model.peft_config[model.active_adapter]
+        same = all(getattr(old, field, None) == getattr(config, field) for field in fields)
+        if same and sorted(old.target_modules) == sorted(config.target_modules):
+            return model
+        raise GemmateError("the model has another adapter already. Load the base again first.")
+    refuse_tied(model, config.target_modules)
+    set_seed(seed)  # the A matrices are drawn here, before any trainer sets its seed
+    with known_peft_warnings():
+        adapted = get_peft_model(model, config)
+    # PEFT keeps a set, which PYTHONHASHSEED reorders in every adapter_config.json.
+    config.target_modules = sorted(config.target_modules)
+    return adapted
+
+
+def _lora_config(model: Any, settings: LoraSettings) -> "LoraConfig":
+    from peft import LoraConfig
+
+    known, wanted = target_modules(model, every=True), settings.target_modules
+    if isinstance(wanted, str):
+        wanted = tuple(target_modules(model, every=wanted == "all-linear"))
+    ends = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := sorted({name for name in wanted if name.rpartition(".")[2] not in ends}):
+        raise GemmateError(f"the model has no layer named {missing}. It has {known}.")
+    return LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
+        bias=settings.bias,
+        target_modules=list(wanted),
+        fan_in_fan_out=_transposed(model),
+        task_type="CAUSAL_LM",
+    )
+
+
+def _transposed(model: Any) -> bool:
+    """Whether the linear layers store [in, out], as GPT-2's do unless they are quantized."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
+def refuse_tied(model: Any, names: Collection[str]) -> None:
+    """Refuse adapters on an output head or embeddings that share their weights."""
+    if not model.config.get_text_config().tie_word_embeddings:
+        return
+    tied = (model.get_output_embeddings(), model.get_input_embeddings())
+    for name, module in model.named_modules():
+        hit = any(f".{name}".endswith(f".{target}") for target in names)
+        if hit and any(module is end for end in tied):
+            raise GemmateError(
+                f"{name} shares its weights with the embeddings: merging an adapter on it would "
+                "change both. Leave it out of lora.target_modules."
+            )
+
+
+@contextlib.contextmanager
+def known_peft_warnings() -> Iterator[None]:
+    """Silence what PEFT warns of in vain; each with its reason."""
+    with warnings.catch_warnings():
+        # peft 0.21.2 reads a property that transformers 5.23 renamed; the value is right.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        yield
+
+
+def save_adapter(model: "PeftModel", directory: str | Path, base: Base) -> None:
+    """Save the adapter alone, in a stable form, with the record of the base it belongs to."""
+    directory = Path(directory)
+    had_readme = (directory / "README.md").exists()
+    # False, since we never resize the vocabulary: "auto" would ask the Hub about the base.
+    model.save_pretrained(directory, save_embedding_layers=False)
+    if not had_readme:
+        (directory / "README.md").unlink()  # a form full of "[More Information Needed]"
+    config = directory / "adapter_config.json"
+    settings = json.loads(config.read_text("utf-8"))
+    settings |= {"base_model_name_or_path": base["id"], "revision": base["revision"]}
+    if isinstance(settings.get("target_modules"), list):
+        settings["target_modules"].sort()
+    write_json(config, settings)
+    write_json(directory / RECORD, base)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whose bytes depend on the value alone."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+
+
+def read_adapter_config(directory: str | Path) -> "PeftConfig":
+    """The settings an adapter was saved with. Raises: GemmateError where there are none."""
+    from peft import PeftConfig
+
+    if not (Path(directory) / "adapter_config.json").is_file():
+        raise GemmateError(f"{directory} holds no adapter_config.json. Name an adapter's folder.")
+    return PeftConfig.from_pretrained(str(directory))
+
+
+def adapted_modules(config: "PeftConfig") -> list[str]:
+    """Names of the layers an adapter changes or replaces (none where they are a pattern)."""
+    both = (getattr(config, "target_modules", None), getattr(config, "modules_to_save", None))
+    return sorted({name for names in both if not isinstance(names, str) for name in names or ()})
+
+
+def load_adapter(
+    base: "LoadedModel", directory: str | Path, *, trainable: bool = False, force: bool = False
+) -> "PeftModel":
+    """Put a saved adapter on its base.
+
+    Raises: GemmateError where it belongs to another base, unless `force`.
+    """
+    from peft import PeftModel
+
+    config = read_adapter_config(directory)
+    if not force:
+        _refuse_other_base(base, directory, str(config.base_model_name_or_path))
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = _transposed(base.model)  # 4-bit layers and Conv1D differ in it
+    with known_peft_warnings():
+        model = PeftModel.from_pretrained(
+            base.model, str(directory), config=config, is_trainable=trainable
+        )
+    if isinstance(getattr(config, "target_modules", None), set):
+        config.target_modules = sorted(config.target_modules)
+    return model
+
+
+def _refuse_other_base(loaded: "LoadedModel", directory: str | Path, named: str) -> None:
+    base = loaded.base
+    record = Path(directory) / RECORD
+    if record.is_file():
+        wanted = json.loads(record.read_text("utf-8"))
+        both = base["weights_sha256"] and wanted["weights_sha256"]
+        keys = ("weights_sha256",) if both else ("id", "revision")
+        if all(base[key] == wanted[key] for key in keys):
+            return
+        named = f"{wanted['id']} (weights {str(wanted['weights_sha256'])[:12]})"
+    elif named in (base["id"], loaded.model.name_or_path):
+        return
+    ours = f"{base['id']} (weights {str(base['weights_sha256'])[:12]})"
+    raise GemmateError(
+        f"the adapter in {directory} was trained on {named}, not on {ours}: another base would "
+        "load without a warning and write nonsense. Load its own base, or pass force=True."
+    )

@@ -1,0 +1,184 @@
+"""Bases: load one in NF4, bf16 or fp32 and say why so, identify it, merge an adapter into it."""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from gemmate_lib.adapters import (
+    RECORD,
+    Base,
+    adapted_modules,
+    attach_lora,
+    load_adapter,
+    read_adapter_config,
+    refuse_tied,
+    save_adapter,
+    target_modules,
+)
+from gemmate_lib.config import PRESETS, GemmateError, ModelConfig
+from gemmate_lib.fourbit import guard_4bit_cpu, nf4_settings, predict_bytes, save_4bit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = [  # with what the two modules below it define, this is all one needs of a model
+    "EMBEDDED", "RECORD", "Base", "LoadedModel", "attach_lora", "base_record", "guard_4bit_cpu",
+    "load_adapter", "load_base", "load_tokenizer", "merge_adapter", "model_path", "predict_bytes",
+    "save_4bit", "save_adapter", "target_modules", "weights_hash",
+]  # fmt: skip
+EMBEDDED = {n: Path(__file__).parent / "assets" / n for n in ("tiny-gemma", "tiny-gemma2")}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A base, its tokenizer, where it lives and why so, and the record that identifies it."""
+
+    model: "PreTrainedModel"
+    tokenizer: "PreTrainedTokenizerBase"
+    device: str
+    reasons: tuple[str, ...]
+    base: Base
+
+
+def model_path(model_id: str) -> str:
+    """The directory of an embedded model; any other id as it is."""
+    return str(EMBEDDED.get(model_id, model_id))
+
+
+def load_tokenizer(model_id: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a base; where it has no padding token (GPT-2), EOS pads."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_path(model_id), revision=revision or PRESETS.get(model_id), trust_remote_code=False
+    )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_base(config: ModelConfig) -> LoadedModel:
+    """Load a base from safetensors, never running code that came with it.
+
+    Raises: GemmateError where this machine cannot compute as asked, or the files cannot be had.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    device, reasons = _device_and_dtype(config)
+    path, revision = model_path(config.id), config.revision or PRESETS.get(config.id)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
+    dtype = getattr(torch, config.compute_dtype)
+    try:
+        settings = AutoConfig.from_pretrained(path, **options)
+        if stored := getattr(settings, "quantization_config", None):  # a 4-bit copy
+            stored["bnb_4bit_compute_dtype"] = config.compute_dtype  # ours, not its maker's
+        elif config.quantization != "none":
+            options["quantization_config"] = nf4_settings(config.quantization, dtype)
+        if config.attention != "auto":
+            options["attn_implementation"] = config.attention
+        place = {"": torch.cuda.current_device() if device == "cuda" else device}
+        model = AutoModelForCausalLM.from_pretrained(
+            path, config=settings, dtype=dtype, device_map=place, use_safetensors=True, **options
+        )
+        tokenizer = load_tokenizer(config.id, revision)
+    except (OSError, ValueError, ImportError) as error:
+        raise GemmateError(_why_not_loaded(config, revision, error)) from error
+    weights = "as stored, quantized" if stored else config.quantization
+    reasons += (f"weights: {weights}", f"attention {model.config._attn_implementation}")
+    if guarded := guard_4bit_cpu(model):
+        reasons += (f"{guarded} 4-bit layers kept from repacking in eval mode",)
+    return LoadedModel(model, tokenizer, device, reasons, base_record(config))
+
+
+def _device_and_dtype(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
+    from gemmate_lib.machine import read_facts
+
+    facts, dtype = read_facts(), config.compute_dtype
+    device = facts.device if config.device == "auto" else config.device
+    if device not in ("cpu", facts.device):
+        raise GemmateError(f"there is no {device} device here. Set model.device=auto.")
+    if device == "cpu" and dtype == "float16":
+        raise GemmateError(
+            "float16 on a CPU overflows in Gemma. Set model.compute_dtype=float32 or bfloat16."
+        )
+    # torch.cuda.is_bf16_supported() says True on a T4, where it is emulated: ask the capability.
+    if device == "cuda" and dtype == "bfloat16" and (facts.capability or (0, 0)) < (8, 0):
+        raise GemmateError(
+            f"this GPU has compute capability {facts.capability} and no bfloat16, which needs "
+            "(8, 0). Set model.compute_dtype=float16."
+        )
+    why = "found" if config.device == "auto" else "asked for"
+    return device, (f"device {device}: {why}", f"compute {dtype}: possible on {device}")
+
+
+def _why_not_loaded(config: ModelConfig, revision: str | None, error: Exception) -> str:
+    from gemmate_lib.auth import check_access
+
+    first = f"cannot load {config.id}: {str(error).strip().splitlines()[0]}"
+    if not isinstance(error, OSError):
+        return f"{first}. Change the settings under `model`."
+    local = config.id in EMBEDDED or Path(config.id).is_dir()
+    remedy = None if local else check_access(config.id, revision).remedy
+    return f"{first}. {remedy or 'It needs config.json, *.safetensors and a tokenizer.'}"
+
+
+def weights_hash(model_id: str, revision: str | None = None) -> str | None:
+    """sha256 over the names and hashes of a base's safetensors files; None if not local."""
+    from huggingface_hub import snapshot_download
+
+    path = Path(model_path(model_id))
+    if not path.is_dir():
+        try:
+            revision = revision or PRESETS.get(model_id)
+            path = Path(snapshot_download(model_id, revision=revision, local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    lines = [f"{file.name} {_file_hash(file)}\n" for file in sorted(path.glob("*.safetensors"))]
+    return hashlib.sha256("".join(lines).encode()).hexdigest() if lines else None
+
+
+def _file_hash(file: Path) -> str:
+    # The Hub's cache names a large file by its sha256: gigabytes need not be read again.
+    if re.fullmatch("[0-9a-f]{64}", blob := file.resolve().name):
+        return blob
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def base_record(config: ModelConfig) -> Base:
+    """What identifies a base: id, revision, weights_sha256; a 4-bit copy names its original."""
+    if (copied := Path(model_path(config.id)) / RECORD).is_file():
+        return json.loads(copied.read_text("utf-8"))
+    revision = config.revision or PRESETS.get(config.id)
+    digest = weights_hash(config.id, revision)
+    return {"id": config.id, "revision": revision, "weights_sha256": digest}
+
+
+def merge_adapter(
+    directory: str | Path,
+    base_id: str,
+    *,
+    revision: str | None = None,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    force: bool = False,
+) -> LoadedModel:
+    """Merge a saved adapter into its full-precision base: merging into 4-bit would round again.
+
+    Raises: GemmateError for a 4-bit base, another base, tied layers, or a non-finite adapter.
+    """
+    loaded = load_base(
+        ModelConfig(id=base_id, revision=revision, compute_dtype=dtype, device="cpu")
+    )
+    if hasattr(loaded.model.config, "quantization_config"):
+        raise GemmateError(f"{base_id} is quantized. Merge into {loaded.base['id']} instead.")
+    refuse_tied(loaded.model, adapted_modules(read_adapter_config(directory)))
+    model = load_adapter(loaded, directory, force=force)
+    try:
+        merged = model.merge_and_unload(safe_merge=True)
+    except ValueError as error:
+        raise GemmateError(f"the adapter in {directory} does not merge: {error}") from error
+    return replace(loaded, model=merged)
