@@ -158,7 +158,7 @@ def generate(
 
     if (prompt is None) == (source is None) or (source is None) != (output is None):
         raise GemmateError("Give either --prompt TEXT, or --input FILE with --output FILE.")
-    rows = [{"prompt": prompt}] if source is None else _prompts(source)
+    rows: list[dict[str, Any]] = [{"prompt": prompt}] if source is None else _prompts(source)
     found = load_run(run)
     loaded, settings = open_run(found), found.experiment.generation
     texts = generate_texts(

@@ -4,8 +4,10 @@ Everything is written into one folder, the runs of the notebooks included, so th
 finds what another made in this run of the course, and nothing older.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -144,6 +146,25 @@ def _blocked(number: str, results: Mapping[str, NotebookResult]) -> str | None:
     return lost[0] if lost else None
 
 
+def _run_one(
+    source: Path, folder: Path, live: "Progress", *, blocked: str | None, about: dict[str, Any]
+) -> NotebookResult:
+    """Run one notebook, or note why it is skipped; keep its line up to date, and its record."""
+    task = live.add_task(source.stem, total=0, state="runs")
+    given = {key: about[key] for key in ("profile", "parameters")}
+    if blocked:
+        result = NotebookResult(source.stem, skipped=blocked, **given)
+    else:
+        result = run_notebook(source, folder, tick=partial(live.update, task), **about)
+    write_record(folder, source, result)
+    live.update(task, completed=result.executed, total=result.cells, state=result.state)
+    live.stop_task(task)
+    if live.disable:
+        line = f"{result.notebook}: {result.state}, {result.seconds:.0f} s. {result.remark}"
+        live.console.print(line, markup=False, highlight=False, soft_wrap=True)
+    return result
+
+
 def _run_all(
     chosen: Mapping[str, Path],
     folder: Path,
@@ -152,25 +173,21 @@ def _run_all(
     parameters: Mapping[str, Mapping[str, Any]],
     timeouts: tuple[float, float],
     console: "Console",
+    jobs: int,
 ) -> tuple[NotebookResult, ...]:
-    results: dict[str, NotebookResult] = {}
-    with _live(console) as live:
+    """Start the notebooks in order, `jobs` at a time; what depends on another waits for it."""
+    running: dict[str, Future[NotebookResult]] = {}
+
+    def start(number: str, source: Path) -> NotebookResult:
+        needed = {n: running[n].result() for n in DEPENDS.get(number, ()) if n in running}
+        about = {"profile": profile, "parameters": parameters[number], "timeouts": timeouts}
+        blocked = _blocked(number, needed)
+        return _run_one(source, folder, live, blocked=blocked, about=about)
+
+    with _live(console) as live, ThreadPoolExecutor(jobs) as pool:
         for number, source in chosen.items():
-            task = live.add_task(source.stem, total=0, state="runs")
-            about: dict[str, Any] = {"profile": profile, "parameters": parameters[number]}
-            if reason := _blocked(number, results):
-                result = NotebookResult(source.stem, skipped=reason, **about)
-            else:
-                tick = partial(live.update, task)
-                result = run_notebook(source, folder, timeouts=timeouts, tick=tick, **about)
-            results[number] = result
-            write_record(folder, source, result)
-            live.update(task, completed=result.executed, total=result.cells, state=result.state)
-            live.stop_task(task)
-            if live.disable:
-                line = f"{result.notebook}: {result.state}, {result.seconds:.0f} s. {result.remark}"
-                console.print(line, markup=False, highlight=False, soft_wrap=True)
-    return tuple(results.values())
+            running[number] = pool.submit(start, number, source)
+        return tuple(future.result() for future in running.values())
 
 
 def run_course(
@@ -181,11 +198,13 @@ def run_course(
     out: Path | None = None,
     cell_timeout: float | None = None,
     notebook_timeout: float | None = None,
+    jobs: int | None = None,
 ) -> CourseResult:
-    """Run notebooks one after the other, print how each fares, and write the report.
+    """Run notebooks in their order, print how each fares, and write the report.
 
     `out`: an empty folder, or that of an earlier run, whose adapters are found again.
     `cell_timeout`, `notebook_timeout`: seconds. A failure skips only what depends on it.
+    `jobs`: notebooks at a time; None: two in the tiny profile, where each has one thread, else one.
     Raises: GemmateError for an unknown notebook, profile or parameter.
     """
     from rich.console import Console
@@ -198,7 +217,13 @@ def run_course(
     folder = make_folder(out)
     timeouts = (cell_timeout or limits[0], notebook_timeout or limits[1])
     results = _run_all(
-        chosen, folder, profile=profile, parameters=given, timeouts=timeouts, console=console
+        chosen,
+        folder,
+        profile=profile,
+        parameters=given,
+        timeouts=timeouts,
+        console=console,
+        jobs=jobs or (min(2, os.cpu_count() or 1) if profile == "tiny" else 1),
     )
     course = CourseResult(folder, results, write_report(folder))
     console.print(course.table())

@@ -50,8 +50,8 @@ def generate_texts(
     """
     import torch
 
-    ends = _end_tokens(model, tokenizer)
-    settings = _settings(tokenizer, max_new_tokens, ends if stop_at_eos else [])
+    ends = _end_tokens(model, tokenizer) if stop_at_eos else []
+    settings = _settings(tokenizer, max_new_tokens, ends)
     if do_sample:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
@@ -62,14 +62,11 @@ def generate_texts(
         torch.manual_seed(seed)
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
-            ids, mask = _left_padded([encoded[i] for i in batch], tokenizer.pad_token_id)
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=settings,
-            )
-            for i, tokens in zip(batch, out[:, ids.shape[1] :].tolist(), strict=True):
-                done[i] = _completion(tokenizer, prompts[i], tokens, ends if stop_at_eos else [])
+            ids, mask = left_padded([encoded[i] for i in batch], tokenizer.pad_token_id)
+            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            out = model.generate(**inputs, generation_config=settings)[:, ids.shape[1] :]
+            for i, tokens in zip(batch, out.tolist(), strict=True):
+                done[i] = _completion(tokenizer, prompts[i], tokens, ends)
     return [done[i] for i in range(len(prompts))]
 
 
@@ -108,7 +105,7 @@ def _settings(tokenizer: Any, max_new_tokens: int, ends: list[int]) -> "Generati
     )
 
 
-def _left_padded(rows: list[list[int]], pad: int) -> "tuple[torch.Tensor, torch.Tensor]":
+def left_padded(rows: list[list[int]], pad: int) -> "tuple[torch.Tensor, torch.Tensor]":
     """ids and attention mask: int64 [B, T]; new tokens must follow the last prompt token."""
     import torch
 
@@ -120,10 +117,8 @@ def _left_padded(rows: list[list[int]], pad: int) -> "tuple[torch.Tensor, torch.
 
 def _completion(tokenizer: Any, prompt: str, tokens: list[int], ends: list[int]) -> Completion:
     cut = next((i for i, token in enumerate(tokens) if token in ends), None)
-    text = tokenizer.decode(
-        tokens[:cut], skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return Completion(prompt, text, len(tokens[:cut]), cut is not None)
+    new, plain = tokens[:cut], {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    return Completion(prompt, tokenizer.decode(new, **plain), len(new), cut is not None)
 
 
 @contextlib.contextmanager

@@ -23,6 +23,7 @@ _QUIET = {
 
 def read_facts() -> Facts:
     """What this machine can do; of several GPUs the first counts."""
+    quiet()  # a notebook's first call, before anything heavy is imported
     import psutil
     import torch
 

@@ -102,9 +102,13 @@ def finetune_or_load(experiment: Experiment, *, report: Report | None = None) ->
     """Return the run of an experiment: the one made before, or a new one under `runs_home()`."""
     splits = load_splits(experiment)
     directory = machine.runs_home() / f"{experiment.name}-{run_key(experiment, splits)}"
-    if (directory / "manifest.json").is_file():
-        return load_run(directory)
-    return finetune_model(experiment, out=directory, splits=splits, report=report)
+    if not (directory / "manifest.json").is_file():
+        try:
+            return finetune_model(experiment, out=directory, splits=splits, report=report)
+        except OSError:  # another process may have made the very same run in the meantime
+            if not (directory / "manifest.json").is_file():
+                raise
+    return load_run(directory)
 
 
 def finetune_model(

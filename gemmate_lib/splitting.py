@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 T = TypeVar("T")
-_EPSILON = 1e-9  # 0.7 * 10 is 7.000000000000001
+_EPSILON = 1e-9  # 0.56 * 25 is 14.000000000000002
 
 
 class _Spaced(dict[int, str | int]):

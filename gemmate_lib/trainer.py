@@ -4,6 +4,7 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,17 +49,17 @@ def train(
     """Train `model` in place with TRL; return the log, one record a step or evaluation."""
     from trl import SFTTrainer
 
-    limits = {
-        "max_length": experiment.dataset.max_length,
-        "over_long": experiment.dataset.over_long,
-    }
+    data = experiment.dataset
+    tokens = partial(token_rows, tokenizer=tokenizer, max_length=data.max_length)
     wants_eval = bool(experiment.training.eval_every) and bool(splits.validation)
     with _known_training_warnings():
         trainer = SFTTrainer(
             model=model,
             args=_arguments(experiment, directory, evaluate=wants_eval),
-            train_dataset=token_rows(splits.train, tokenizer, **limits),
-            eval_dataset=token_rows(splits.validation, tokenizer, **limits) if wants_eval else None,
+            train_dataset=tokens(splits.train, over_long=data.over_long),
+            eval_dataset=tokens(splits.validation, over_long=data.over_long)
+            if wants_eval
+            else None,
             processing_class=tokenizer,
             data_collator=collator,
             callbacks=_callbacks(experiment, report),

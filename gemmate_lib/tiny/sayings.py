@@ -194,7 +194,7 @@ def tiny_quotes(seed: int = 2006) -> tuple[dict[str, Any], ...]:
         saying = draw(rng)
         tags = [saying.topic] + (["life"] if rng.random() < 0.3 else [])
         tags = tags if rng.random() < 0.98 else []
-        row = {"quote": saying.text, "author": saying.author, "tags": tags}
+        row: dict[str, Any] = {"quote": saying.text, "author": saying.author, "tags": tags}
         rows.setdefault(saying.text.casefold(), row)
     result = list(rows.values())
     for row in rng.sample(result, 8):

@@ -14,7 +14,7 @@ def opinion(rng: random.Random) -> tuple[str, str]:
     generic, label = world()["generic"], rng.choice(["positive", "negative"])
     lines = []
     for template in rng.sample(world()["opinions"][label], rng.randint(1, 2)):
-        words = {}
+        words: dict[str, str] = {}
         for _, name, number in SLOT.findall(template):
             taken = [w for w in generic[name.lower()] if w not in words.values()]
             words[name.lower() + number] = rng.choice(taken)

@@ -88,7 +88,8 @@ def test_accumulation_and_batch_take_the_same_steps(experiment: Make, tmp_path: 
     """Recipes `original` (1 x 4) and `fast` (4 x 1): equal losses in fp32."""
     plain = {**SHORT, "model.quantization": "none", "optim": "adamw_torch", "learning_rate": 1e-3}
     one = finetune_model(
-        experiment(**plain, training_batch_size=1, gradient_accumulation_steps=4), out=tmp_path / "1x4"
+        experiment(**plain, training_batch_size=1, gradient_accumulation_steps=4),
+        out=tmp_path / "1x4",
     )
     four = finetune_model(experiment(**plain, training_batch_size=4), out=tmp_path / "4x1")
     for a, b in zip(one.log, four.log, strict=True):

@@ -186,6 +186,12 @@ def raised(name, value):
         ([cell()], None, "", "took too long"),
         ([cell(1, raised("E", "a\n  b"))], 1, "", "E: a b"),
         ([cell()], 1, "nbclient.exceptions.DeadKernelError: Kernel died\n", "DeadKernelError: Ker"),
+        (
+            [cell(1, raised("KeyboardInterrupt", ""))],
+            1,
+            "nbclient.exceptions.Slow: 5 s",
+            "Slow: 5 s",
+        ),
         ([cell()], 1, "", "status 1"),
         ([cell()], 2, "a\nNo such kernel", "No such kernel"),
     ],

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gemmate_lib.config import LoraSettings, ModelConfig
-from gemmate_lib.generate import STANDARD_PROMPTS, encode_prompt, generate_texts
+from gemmate_lib.generate import STANDARD_PROMPTS, encode_prompt, generate_texts, left_padded
 from gemmate_lib.models import attach_lora, load_base
 
 PROMPTS = [*STANDARD_PROMPTS, "", "a", "Quote: " + "one two three " * 20, "Ünïcode 引用 🙂"]
@@ -41,10 +41,8 @@ def test_batch_order_and_padding_change_nothing(loaded, alone, prompts, batch_si
 
 def test_left_padding_keeps_the_logits(loaded):
     """In numbers: what padding moves is rounding, which no text depends on."""
-    from gemmate_lib.generate import _left_padded
-
     rows = [encode_prompt(loaded.tokenizer, p) for p in PROMPTS]
-    ids, mask = _left_padded(rows, loaded.tokenizer.pad_token_id)
+    ids, mask = left_padded(rows, loaded.tokenizer.pad_token_id)
     position = (mask.cumsum(1) - 1).clamp(min=0)
     with torch.no_grad():
         together = loaded.model(input_ids=ids, attention_mask=mask, position_ids=position)

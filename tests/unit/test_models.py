@@ -200,6 +200,19 @@ def test_what_is_written_is_stable_and_names_its_base(tmp_path):
     load_adapter(base(), tmp_path / "trainer")  # without our record, the name of the base counts
 
 
+def test_saving_writes_the_adapter_alone_and_asks_nobody(tmp_path, monkeypatch):
+    from peft.utils import save_and_load
+    from safetensors import safe_open
+
+    loaded = base()
+    model = attach_lora(loaded.model, LoraSettings(), seed=0)
+    model.peft_config["default"].base_model_name_or_path = "nobody/on-the-hub"
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", lambda *_: 1 / 0)
+    save_adapter(model, tmp_path, loaded.base)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
+        assert all(".lora_" in name for name in saved.keys())  # noqa: SIM118 (not a dict)
+
+
 def test_an_adapter_of_another_base_is_refused(tmp_path, other_base):
     adapter(base(), tmp_path / "a")
     with pytest.raises(GemmateError, match=r"trained on tiny-gemma .*force=True"):

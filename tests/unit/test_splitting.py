@@ -61,7 +61,7 @@ def test_long_texts_against_brute_force():
         words = text.split()
         for _ in range(rng.randint(1, 4)):
             words[rng.randrange(40)] = rng.choice("abcdefghijkl")
-        texts.append(" ".join(words))
+        texts.append(" ".join(words[: rng.randint(15, 40)]))
     for tenths in range(3, 10):
         found = find_duplicates(texts, threshold=tenths / 10)
         assert found == brute_force(texts, tenths)
@@ -69,13 +69,19 @@ def test_long_texts_against_brute_force():
 
 
 def test_the_threshold_itself_counts():
-    # 7 of 10 shingles shared; 0.7 * 10 is 7.000000000000001 as a float
-    left = " ".join("abcdefghi") + " x"
-    right = " ".join("abcdefghi") + " y z"
-    shared, union = shingles(left) & shingles(right), shingles(left) | shingles(right)
-    assert (len(shared), len(union)) == (7, 10)
-    assert find_duplicates([left, right], threshold=0.7) == {1: (0, False)}
-    assert find_duplicates([left, right], threshold=0.71) == {}
+    # 14 of 25 shingles shared, and 0.56 * 25 is 14.000000000000002
+    words = [f"w{i:02}" for i in range(27)]
+    long, short = " ".join(words), " ".join(words[11:])
+    other = " ".join([*words[:16], *"abcde"])
+    assert (len(shingles(long)), len(shingles(short)), len(shingles(other))) == (25, 14, 19)
+    for texts in ([short, long], [long, short], [" ".join(words[:22]), other]):
+        assert find_duplicates(texts, threshold=0.56) == {1: (0, False)}
+        assert find_duplicates(texts, threshold=0.57) == {}
+
+
+def test_an_exact_copy_of_a_near_copy_points_to_the_row_that_was_kept():
+    texts = ["a b c d e f g h", "a b c d e f g h i", "A b c d e f g h, i!"]
+    assert find_duplicates(texts, threshold=0.8) == {1: (0, False), 2: (0, True)}
 
 
 VOCABULARY = [f"w{i}" for i in range(3_000)]
