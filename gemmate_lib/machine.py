@@ -58,6 +58,8 @@ def quiet() -> None:
     # bitsandbytes 0.50.2, backends/cpu/ops.py: asks for the optional `kernels`, at import and only
     # on CPUs with AVX512-BF16. Delete this once the message is gone from there.
     logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(_known)
+    # tqdm misses ipywidgets in a notebook: progress bars are off, and widgets are not wanted.
+    warnings.filterwarnings("ignore", "IProgress not found")
     # torch 2.13 imports its own torch/utils/mkldnn.py, which still uses torch.jit.
     warnings.filterwarnings("ignore", "`torch.jit.script_method`", DeprecationWarning)
     # peft 0.21.2 and trl 1.16 use the name from before transformers 5.23.
