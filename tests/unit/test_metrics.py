@@ -126,7 +126,7 @@ def test_low_precision_logits_keep_large_token_ids(model, tokenizer, encoded):
     coarse = copy.deepcopy(model).to(torch.bfloat16)
     assert max(encoded[0].input_ids) > 256
     sums, _ = m.token_losses(coarse, tokenizer, encoded[:1], batch_size=1)
-    assert sums[0] == pytest.approx(sum(direct(coarse, encoded[0])), rel=1e-3)
+    assert sums[0] == pytest.approx(sum(direct(coarse, encoded[0])), rel=1e-5)
 
 
 # peft 0.21.2 asks transformers 5 by the old name
@@ -311,7 +311,7 @@ def test_distinct_n_is_its_definition_and_the_sum_of_its_points(texts, n):
 @settings(cheap, max_examples=200)
 @given(texts=st.lists(few_words, max_size=4), text=few_words)
 def test_the_longest_run_is_the_longest(texts, text):
-    """Against all runs, tried out: none leads from one training text into the next."""
+    """Against all runs, tried out."""
     words = text.split()
     runs = [words[i:j] for i in range(len(words)) for j in range(i + 3, len(words) + 1)]
     held = [f" {t} " for t in texts]
@@ -324,3 +324,8 @@ def test_a_copy_is_found_whatever_its_case_and_punctuation():
     assert longest_run("He said: “NEVER trust a quiet kettle”, twice") == 5
     assert longest_run("quiet kettle tea is more") == 3
     assert longest_run("tea is less") == longest_run("") == 0
+
+
+def test_no_run_leads_from_one_training_text_into_the_next():
+    assert m.run_finder(["a b c", "b c d"])("a b c d") == 3
+    assert m.run_finder(["a b c d"])("a b c d") == 4
