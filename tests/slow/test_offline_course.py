@@ -23,4 +23,4 @@ def test_the_course_runs_without_a_network(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     records = [json.loads(file.read_text("utf-8")) for file in (out / "manifests").glob("*.json")]
     assert len(records) >= 7
-    assert (out / "report.html").is_file() and list((out / "figures").glob("*.png"))
+    assert (out / "report.html").is_file() and list((out / "figures").rglob("*.png"))
