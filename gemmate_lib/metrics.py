@@ -4,6 +4,7 @@ Shapes: `N` rows, `B` rows in a batch, `T` tokens of a row, `V` words of the voc
 """
 
 import itertools
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -90,7 +91,8 @@ def perplexity(sums: np.ndarray, counts: np.ndarray) -> float:
     """
     if not (tokens := int(np.sum(counts))):
         raise GemmateError("No token bears a loss. Raise dataset.max_length.")
-    return float(np.exp(min(np.sum(sums) / tokens, 700.0)))  # exp(710) overflows a float
+    mean = float(np.sum(sums)) / tokens
+    return math.exp(mean) if mean < 700 else math.inf  # exp(710) is an OverflowError
 
 
 def segment_losses(

@@ -157,6 +157,8 @@ def test_the_interval_is_as_wide_as_resampling_rows_says(model, tokenizer):
     by_hand = np.quantile(np.exp(sums[drawn].sum(1) / counts[drawn].sum(1)), [0.025, 0.975])
     interval = result.metrics["x_perplexity"]
     assert [interval.low, interval.high] == pytest.approx(by_hand, rel=0.05)
+    evaluate._add_losses(result, {"hopeless": (sums * 1000, counts)}, seed=0)
+    assert result.metrics["hopeless_perplexity"].high == math.inf and result.lines()
 
 
 def test_floors_are_the_grammar_s_own_on_exactly_these_rows(model, tokenizer, quotes):
