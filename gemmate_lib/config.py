@@ -1,7 +1,8 @@
 """One frozen experiment from profile, recipe, YAML and overrides, and the reason for each value.
 
 A setting has a dotted key, such as `training.learning_rate`. Layers, later ones win: the profile
-for the machine, the recipe, the experiment file, its section for the profile, your overrides.
+for the machine, the recipe, the experiment file, its section for the profile, your overrides. A
+recipe among your overrides stands right below them.
 """
 
 import os
@@ -183,7 +184,10 @@ def _layers(file: dict[str, Any], profile: str, yours: Mapping[str, Any]) -> lis
         _layer(yours, "set by you"),
     ]
     recipe = among(ChainMap(*reversed(above), base)["training.recipe"][0], RECIPES, "recipe")
-    return [base, _layer(RECIPES[recipe](), f"recipe {recipe}"), *above]
+    layer = _layer(RECIPES[recipe](), f"recipe {recipe}")
+    if "training.recipe" in above[-1]:  # a recipe that you name outranks the experiment
+        return [base, *above[:-1], layer, above[-1]]
+    return [base, layer, *above]
 
 
 def _merge(layers: list[Layer]) -> Layer:

@@ -137,7 +137,7 @@ def test_real_instructions(real: Callable[[str], Path], tmp_path: Path) -> None:
     told = call(
         "finetune", "quotes", "--profile", "tiny", *SHORT, *SMALL, "--out", tmp_path / "run",
         "--set", f"dataset={real('instructions_toolformer.json')}",
-        "--set", "dataset.template=null", "--set", "dataset.over_long=cut",
+        "--set", "dataset.over_long=cut",
     )  # fmt: skip
     assert "(instruction)" in told and "an extra key" in told and "exact_match" in told
 
@@ -158,7 +158,7 @@ def test_a_text_file_and_a_folder_of_three_splits(tmp_path: Path) -> None:
     for source, expected in ((tmp_path / "plain.jsonl", "(text)"), (folder, "train 20, valid")):
         told = call(
             "finetune", "quotes", "--profile", "tiny", *SHORT, "--limit", 4,
-            "--set", f"dataset={source}", "--set", "dataset.template=null",
-            "--out", tmp_path / f"run-{source.stem}",
+            "--set", f"dataset={source}", "--out",
+            tmp_path / f"run-{source.stem}",
         )  # fmt: skip
         assert expected in told and "completion_perplexity" in told

@@ -12,6 +12,7 @@ from transformers import (
     set_seed,
 )
 
+from gemmate_lib.cli import finetune, generate
 from gemmate_lib.config import LoraSettings, ModelConfig
 from gemmate_lib.generate import encode_prompt, generate_texts
 from gemmate_lib.models import (
@@ -126,3 +127,18 @@ def test_nf4_of_gpt2_is_the_nf4_of_its_transposed_weights(foreign):
     shapes = {m.in_features for m in four.modules() if hasattr(m, "quant_state")}
     assert shapes == {64, 256 if family == "gpt2" else 128}
     assert predict_bytes(full, "nf4") < predict_bytes(full, "none") * 0.7
+
+
+def test_the_command_line_fine_tunes_it(foreign, tmp_path, capsys):
+    _, directory = foreign
+    finetune(
+        "quotes",
+        out=tmp_path / "run",
+        settings=[f"model={directory}", "training.max_steps=3", "dataset.limit=40"],
+        profile="tiny",
+        limit=4,
+    )
+    told = capsys.readouterr().out
+    assert "trained 3 steps" in told and "quote_perplexity" in told
+    generate(tmp_path / "run", prompt="Quote: a", max_new_tokens=3)
+    assert capsys.readouterr().out.startswith("Quote: a")

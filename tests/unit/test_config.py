@@ -85,6 +85,9 @@ def test_the_recipe_is_chosen_by_the_highest_layer(tmp_path: Path) -> None:
     assert resolve(path, facts=CPU).experiment.training.optim == "paged_adamw_8bit"
     yours = resolve(path, facts=CPU, overrides={"recipe": "fast"}).experiment.training
     assert (yours.recipe, yours.optim) == ("fast", "adamw_torch_fused")
+    named = ["recipe=original", "training.max_steps=7"]
+    outranked = resolve("quotes", facts=CPU, profile="tiny", overrides=named).experiment.training
+    assert (outranked.batch_size, outranked.learning_rate, outranked.max_steps) == (1, 2e-4, 7)
     with pytest.raises(GemmateError, match=r"no recipe 'fats'.*'fast'"):
         resolve(path, facts=CPU, overrides={"recipe": "fats"})
 
@@ -197,13 +200,14 @@ def test_the_hash_names_the_configuration() -> None:
     made = resolve("quotes", facts=CPU).experiment
     again = Experiment.model_validate(made.model_dump(mode="json"))
     assert made.hash() == again.hash() and len(made.hash()) == 16 and int(made.hash(), 16)
-    for override in ("seed=1", "training.learning_rate=0.005001", "dataset.template=null"):
+    for override in ("seed=1", "training.learning_rate=0.005001", "lora.r=7"):
         changed = resolve("quotes", facts=CPU, overrides=[override]).experiment
         assert changed.hash() != made.hash()
 
 
 def test_the_table_is_aligned_and_shows_line_breaks() -> None:
-    table = resolve("quotes", facts=CPU).table()
+    template = {"template": "Quote: {quote}\nAuthor: {author}"}
+    table = resolve("quotes", facts=CPU, overrides=template).table()
     lines = str(table).splitlines()
     column = lines[0].index(table[0][2])
     assert all(line[column:] == row[2] for line, row in zip(lines, table, strict=True))
