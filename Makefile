@@ -48,7 +48,7 @@ course-notebooks: $(VENV)/.made
 	$(NBVAL) notebooks/*.ipynb
 
 outputs: $(VENV)/.made ## Run every notebook in place and store its outputs
-	GEMMATE_PROFILE=tiny $(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb notebooks/solutions/*.ipynb
+	GEMMATE_PROFILE=tiny $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
 
 readme: $(VENV)/.made ## Measure the results again and write the README's generated tables
 	$(BIN)/python tests/integration/test_results.py

@@ -1,18 +1,28 @@
 """Where the Hub token comes from, and the remedy without one; the token itself is never kept."""
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-Problem = Literal["missing", "refused", "gated", "not-found", "timeout", "offline"]
+Problem = Literal[
+    "missing", "not-granted", "no-answer", "refused", "gated", "not-found", "timeout", "offline"
+]
+# What huggingface_hub 1.x warns of once a session, where Colab keeps the secret to itself.
+_COLAB: dict[str, Problem] = {
+    "Access to the secret `HF_TOKEN` has not been granted": "not-granted",
+    "Error while fetching `HF_TOKEN` secret value": "no-answer",
+}
+_withheld: list[Problem] = []  # kept, for a second question is not answered in the same session
 
 
 class TokenState(NamedTuple):
-    """Whether there is a token, and where it was found."""
+    """Whether there is a token, and where it was found; else what is wrong."""
 
     source: Literal["Colab secret", "environment", "cached login"] | None
     found: bool
+    problem: Problem | None = None
 
 
 class AccessReport(NamedTuple):
@@ -27,8 +37,16 @@ def find_token(environ: Mapping[str, str] = os.environ) -> TokenState:
     """Where the Hub token comes from, in huggingface_hub's own order."""
     from huggingface_hub import constants, get_token
 
-    if not get_token():
-        return TokenState(None, found=False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        token = get_token()
+    for warning in caught:
+        known = [p for text, p in _COLAB.items() if text in str(warning.message)]
+        _withheld.extend(known)
+        if not known:
+            warnings.warn(warning.message, stacklevel=2)
+    if not token:
+        return TokenState(None, found=False, problem=_withheld[-1] if _withheld else "missing")
     if environ.get("HF_TOKEN") or environ.get("HUGGING_FACE_HUB_TOKEN"):
         return TokenState("environment", found=True)
     cached = Path(constants.HF_TOKEN_PATH).is_file()
@@ -41,6 +59,10 @@ def remedy(model_id: str, problem: Problem) -> str:
     keep = "as the Colab secret HF_TOKEN, in the variable HF_TOKEN, or with `hf auth login`"
     return {
         "missing": f"Make a read token at {tokens} and keep it {keep}: {model_id} needs one.",
+        "not-granted": f"Grant this notebook access to the secret HF_TOKEN (the key on the left of "
+        f"Colab's page) and restart the session: {model_id} needs it.",
+        "no-answer": "Restart the session and run the cell again: Colab did not give the secret "
+        f"HF_TOKEN in time, and {model_id} needs it.",
         "refused": f"Make a new read token at {tokens}: the Hub refused yours for {model_id}.",
         "gated": f"Accept the licence at {page} with the account your token belongs to.",
         "not-found": f"Check the name and the revision: the Hub shows you no such model at {page}.",
@@ -49,12 +71,13 @@ def remedy(model_id: str, problem: Problem) -> str:
     }[problem]
 
 
-def _problem(error: Exception, *, token: bool) -> Problem:
+def what_failed(error: Exception, token: TokenState) -> Problem:
+    """The problem behind an exception of huggingface_hub."""
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
     status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, RepositoryNotFoundError) and not token:
-        return "missing"  # private and gated models do not exist for strangers
+    if isinstance(error, RepositoryNotFoundError) and not token.found:
+        return token.problem or "missing"  # private and gated models do not exist for strangers
     if status in (401, 403) and not isinstance(error, RepositoryNotFoundError):
         return "refused"
     if status in (400, 401, 403, 404) or isinstance(error, ValueError):
@@ -69,12 +92,11 @@ def check_access(model_id: str, revision: str | None = None) -> AccessReport:
         return AccessReport(ok=True)
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    endpoint, token = os.environ.get("HF_ENDPOINT"), False
+    endpoint, token = os.environ.get("HF_ENDPOINT"), find_token()
     try:
-        token = find_token().found
         url = hf_hub_url(model_id, "config.json", revision=revision, endpoint=endpoint)
-        get_hf_file_metadata(url, token=token, endpoint=endpoint)
+        get_hf_file_metadata(url, token=token.found, endpoint=endpoint)
     except Exception as error:
-        problem = _problem(error, token=token)
+        problem = what_failed(error, token)
         return AccessReport(ok=False, problem=problem, remedy=remedy(model_id, problem))
     return AccessReport(ok=True)

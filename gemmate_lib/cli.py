@@ -35,27 +35,41 @@ def main(
 
 @app.command()
 def course(
+    more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
     only: Annotated[list[str] | None, typer.Option(help="A notebook's number; repeatable.")] = None,
     profile: Profile = "tiny",
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE for the notebooks; repeatable.")
     ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help="NAME=VALUE,VALUE [NAME=VALUE,VALUE …]: run every combination."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder; default runs/course/<stamp>.")] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks at a time.")] = None,
+    cell_timeout: Annotated[float | None, typer.Option(help="Seconds for a cell.")] = None,
+    notebook_timeout: Annotated[float | None, typer.Option(help="Seconds for a notebook.")] = None,
+    resume: Annotated[
+        bool, typer.Option(help="Run again what is not ok in --out, or in the newest run.")
+    ] = False,
 ) -> None:
     """Run the notebooks headless, write the report, end with a table."""
-    import yaml
+    from gemmate_lib.batches import read_grid, read_pairs
+    from gemmate_lib.course import Order, newest_order, run_course
 
-    from gemmate_lib.config import GemmateError
-    from gemmate_lib.course import run_course
-
-    given: dict[str, Any] = {}
-    for pair in parameter or ():
-        name, equals, value = pair.partition("=")
-        if not equals:
-            raise GemmateError(f"{pair!r} is no NAME=VALUE. Write it as -p lora_r=16.")
-        given[name] = yaml.safe_load(value)
-    result = run_course(profile=profile, only=only or (), parameters=given, out=out)
-    raise typer.Exit(0 if result.ok else 1)
+    if resume:
+        order, out = newest_order(out)
+    else:
+        order = Order(
+            profile=profile,
+            only=only or (),
+            parameters=read_pairs(parameter or (), "-p lora_r=16"),
+            grid=read_grid([*(grid or ()), *(more or ())]),
+            cell_timeout=cell_timeout,
+            notebook_timeout=notebook_timeout,
+            jobs=jobs,
+        )
+    raise typer.Exit(0 if run_course(order, out=out, resume=resume).ok else 1)
 
 
 @app.command()
@@ -230,7 +244,7 @@ def tiny_build(
     out: Annotated[Path, typer.Option(help="Folder for the models.")] = Path("build/tiny"),
     only: Annotated[str | None, typer.Option(help="tiny-gemma or tiny-gemma2.")] = None,
 ) -> None:
-    """Pre-train the embedded models again, side by side: a quarter of an hour on two cores."""
+    """Pre-train the embedded models again, side by side: ten to twenty minutes on two cores."""
     from gemmate_lib.config import among
     from gemmate_lib.tiny.build import NAMES, build_all
 

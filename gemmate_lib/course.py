@@ -4,20 +4,27 @@ Everything is written into one folder, the runs of the notebooks included, so th
 finds what another made in this run of the course, and nothing older.
 """
 
+import json
 import os
-import re
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from gemmate_lib import machine
+from gemmate_lib.batches import Job, plan
 from gemmate_lib.config import PROFILES, GemmateError, among, choose_profile
-from gemmate_lib.headless import NotebookResult, inside, run_notebook, write_record
+from gemmate_lib.headless import (
+    NotebookResult,
+    finished_before,
+    inside,
+    run_notebook,
+    write_record,
+)
 from gemmate_lib.report import write_report
 
 if TYPE_CHECKING:
@@ -25,26 +32,38 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-CORE = tuple(f"{number:02}" for number in range(7))
 # What has no sense once another failed. All others run alone, and make what they need.
 DEPENDS = {"05": ("03",), "06": ("03",)}
 # Seconds for one cell and for one notebook: the tiny profile, and everything larger.
 TIMEOUTS = {"tiny": (600.0, 1800.0)}
 LARGE_TIMEOUTS = (3600.0, 4 * 3600.0)
-
-_SECRET = re.compile(r"hf_\w{16,}|(?i:(^|_)(token|secret|password|api_?key)$)")
 _COLOURS = {"ok": "green", "failed": "red", "skipped": "yellow"}
 
 
-def find_notebooks() -> dict[str, Path]:
-    """The course's notebooks by number, in order: the checkout's, else those in the package."""
-    here = Path(__file__).parent
-    checkout = (here.parent / "pyproject.toml").is_file()
-    folder = here.parent / "notebooks" if checkout else here / "notebooks"
-    return {file.stem[:2]: file for file in sorted(folder.glob("[0-9][0-9]_*.ipynb"))}
+@dataclass(frozen=True)
+class Order:
+    """What was asked for; it is kept in the folder of the run, so that it can be resumed.
 
+    `cell_timeout`, `notebook_timeout`: seconds; None: the profile's own. `jobs`: notebooks at a
+    time; None: two in the tiny profile, where each has one thread, else one.
+    """
 
-NOTEBOOKS = find_notebooks()
+    profile: str = "tiny"
+    only: Sequence[str] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    grid: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    cell_timeout: float | None = None
+    notebook_timeout: float | None = None
+    jobs: int | None = None
+
+    def timeouts(self) -> tuple[float, float]:
+        """Seconds for a cell and for a notebook."""
+        cell, notebook = TIMEOUTS.get(self.profile, LARGE_TIMEOUTS)
+        return self.cell_timeout or cell, self.notebook_timeout or notebook
+
+    def at_once(self) -> int:
+        """Notebooks at a time."""
+        return self.jobs or (min(2, os.cpu_count() or 1) if self.profile == "tiny" else 1)
 
 
 @dataclass(frozen=True)
@@ -61,73 +80,68 @@ class CourseResult:
         return all(result.state == "ok" for result in self.notebooks)
 
     def table(self) -> "Table":
-        """One row a notebook, to print with Rich."""
+        """One row a notebook, to print with Rich; a grid's varied parameters have columns."""
         from rich.table import Table
         from rich.text import Text
 
-        table = Table("notebook", "cells", "seconds", "main metric", "ok")
+        varied = list(dict.fromkeys(name for r in self.notebooks for name in r.point))
+        table = Table("notebook", *varied, "cells", "seconds", "main metric", "ok")
         for result in self.notebooks:
-            row = (result.notebook, f"{result.executed}/{result.cells}", f"{result.seconds:.0f}")
+            point = (str(result.point.get(name, "")) for name in varied)
+            row = (result.notebook, *point, f"{result.executed}/{result.cells}")
             state = Text(result.state, _COLOURS[result.state])
             # Text, for the brackets in an error are no markup.
-            table.add_row(*row, Text(result.remark), state)
+            table.add_row(*row, f"{result.seconds:.0f}", Text(result.remark), state)
         return table
-
-
-def select(only: Sequence[str] = ()) -> dict[str, Path]:
-    """The notebooks to run, in order: the core, or "all", or by number or name, as "03".
-
-    Raises: GemmateError for a notebook that is not there, naming the nearest.
-    """
-    if not NOTEBOOKS:
-        raise GemmateError("There are no notebooks here. Run this in a checkout of the course.")
-    names = {key: n for n, path in NOTEBOOKS.items() for key in (n, str(int(n)), path.stem)}
-    wanted = list(only) or [number for number in NOTEBOOKS if number in CORE]
-    if "all" in wanted:
-        wanted = list(NOTEBOOKS)
-    chosen = {names[among(name.removesuffix(".ipynb"), names, "notebook")] for name in wanted}
-    return {number: path for number, path in NOTEBOOKS.items() if number in chosen}
-
-
-def known_parameters(notebook: Path) -> list[str]:
-    """The names set in the cell tagged `parameters`; none where there is no such cell."""
-    from papermill import inspect_notebook
-
-    # papermill formats the path it is given.
-    return sorted(inspect_notebook(str(notebook).replace("{", "{{").replace("}", "}}")))
-
-
-def share(parameters: Mapping[str, Any], chosen: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """For each notebook those of the parameters that it has.
-
-    Raises: GemmateError for a parameter that no notebook has (papermill would only warn), and
-    for what looks like a secret (papermill stores parameters in the notebook).
-    """
-    if not parameters:
-        return {number: {} for number in chosen}
-    known = {number: known_parameters(path) for number, path in chosen.items()}
-    everywhere = sorted(set().union(*known.values()))
-    for name, value in parameters.items():
-        if _SECRET.search(name) or _SECRET.search(str(value)):
-            raise GemmateError(f"{name} looks like a secret. Set HF_TOKEN in the environment.")
-        if name not in everywhere:
-            names = ", ".join(everywhere) or "none, for no cell is tagged `parameters`"
-            raise GemmateError(f"No notebook has the parameter {name!r}. Known are: {names}.")
-    return {n: {key: v for key, v in parameters.items() if key in known[n]} for n in chosen}
 
 
 def make_folder(out: Path | None) -> Path:
     """The folder of a run, with its parts.
 
-    Raises: GemmateError for a folder with other content, and for one whose parts lie elsewhere.
+    Raises: GemmateError for a folder with other content, one that cannot be written, and one
+    whose parts lie elsewhere.
     """
     stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%fZ")
     folder = (out or machine.runs_home() / "course" / stamp).expanduser().resolve()
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifests").is_dir():
-        raise GemmateError(f"{folder} holds something else. Choose an empty folder for the run.")
-    for name in ("notebooks", "manifests", "figures", "logs", "runs"):
-        inside(folder, name).mkdir(parents=True, exist_ok=True)
+    try:
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "manifests").is_dir():
+            raise GemmateError(f"{folder} holds something else. Choose an empty folder.")
+        for name in ("notebooks", "manifests", "figures", "logs", "runs"):
+            inside(folder, name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise GemmateError(f"{folder}: {error.strerror}. Choose another folder.") from error
     return folder
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other courses out of the folder. Raises: GemmateError while one runs in it."""
+    import psutil
+
+    lock = folder / "running.pid"
+    try:
+        lock.open("x").close()
+    except FileExistsError:
+        text = lock.read_text("utf-8")
+        if not text.isdigit() or psutil.pid_exists(int(text)):
+            problem = f"Another course runs in {folder}"
+            raise GemmateError(f"{problem}. Wait for it, or delete {lock.name}.") from None
+    lock.write_text(str(os.getpid()), "utf-8")
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+
+
+def newest_order(out: Path | None) -> tuple[Order, Path]:
+    """The order of an earlier run, by default of the newest. Raises: GemmateError without one."""
+    home = machine.runs_home() / "course"
+    folders = [out] if out else sorted(home.glob("*/order.json"), reverse=True)
+    folder = folders[0] if out else folders[0].parent if folders else home
+    try:
+        return Order(**json.loads((folder / "order.json").read_text("utf-8"))), folder
+    except OSError:
+        raise GemmateError(f"{folder} holds no run of the course to resume.") from None
 
 
 def _live(console: "Console") -> "Progress":
@@ -140,23 +154,29 @@ def _live(console: "Console") -> "Progress":
     return Progress(*columns, console=console, disable=not console.is_terminal)
 
 
-def _blocked(number: str, results: Mapping[str, NotebookResult]) -> str | None:
-    needed = [results[other] for other in DEPENDS.get(number, ()) if other in results]
+def _blocked(needed: Sequence[NotebookResult]) -> str | None:
     lost = [f"needs {r.notebook}, which is {r.state}" for r in needed if r.state != "ok"]
     return lost[0] if lost else None
 
 
 def _run_one(
-    source: Path, folder: Path, live: "Progress", *, blocked: str | None, about: dict[str, Any]
-) -> NotebookResult:
+    job: Job, order: Order, folder: Path, live: "Progress", *, blocked: str | None,
+    tick: Callable[[], None],
+) -> NotebookResult:  # fmt: skip
     """Run one notebook, or note why it is skipped; keep its line up to date, and its record."""
-    task = live.add_task(source.stem, total=0, state="runs")
-    given = {key: about[key] for key in ("profile", "parameters")}
+    task = live.add_task(job.name, total=0, state="runs")
+
+    def poll(*, completed: int, total: int) -> None:
+        tick()
+        live.update(task, completed=completed, total=total)
+
     if blocked:
-        result = NotebookResult(source.stem, skipped=blocked, **given)
+        result = NotebookResult(job.name, order.profile, job.parameters, job.point, skipped=blocked)
     else:
-        result = run_notebook(source, folder, tick=partial(live.update, task), **about)
-    write_record(folder, source, result)
+        result = run_notebook(
+            job, folder, profile=order.profile, timeouts=order.timeouts(), tick=poll
+        )
+    write_record(folder, job.source, result)
     live.update(task, completed=result.executed, total=result.cells, state=result.state)
     live.stop_task(task)
     if live.disable:
@@ -166,66 +186,56 @@ def _run_one(
 
 
 def _run_all(
-    chosen: Mapping[str, Path],
-    folder: Path,
-    *,
-    profile: str,
-    parameters: Mapping[str, Mapping[str, Any]],
-    timeouts: tuple[float, float],
-    console: "Console",
-    jobs: int,
+    jobs: Sequence[Job], order: Order, folder: Path, *, resume: bool, console: "Console"
 ) -> tuple[NotebookResult, ...]:
-    """Start the notebooks in order, `jobs` at a time; what depends on another waits for it."""
+    """Start the jobs in order, some at a time; what depends on another waits for it."""
     running: dict[str, Future[NotebookResult]] = {}
+    stopped = threading.Event()
 
-    def start(number: str, source: Path) -> NotebookResult:
-        needed = {n: running[n].result() for n in DEPENDS.get(number, ()) if n in running}
-        about = {"profile": profile, "parameters": parameters[number], "timeouts": timeouts}
-        blocked = _blocked(number, needed)
-        return _run_one(source, folder, live, blocked=blocked, about=about)
+    def tick() -> None:
+        if stopped.is_set():
+            raise KeyboardInterrupt
 
-    with _live(console) as live, ThreadPoolExecutor(jobs) as pool:
-        for number, source in chosen.items():
-            running[number] = pool.submit(start, number, source)
-        return tuple(future.result() for future in running.values())
+    def start(job: Job, needs: list[Future[NotebookResult]]) -> NotebookResult:
+        blocked = _blocked([need.result() for need in needs])
+        earlier = finished_before(folder, job, profile=order.profile) if resume else None
+        return earlier or _run_one(job, order, folder, live, blocked=blocked, tick=tick)
+
+    with _live(console) as live, ThreadPoolExecutor(order.at_once()) as pool:
+        for job in jobs:
+            before = [j for j in jobs if j.number in DEPENDS.get(job.number, ())]
+            needs = [running[j.name] for j in before if j.fits(job)]
+            running[job.name] = pool.submit(start, job, needs)
+        try:
+            return tuple(future.result() for future in running.values())
+        except BaseException:  # Ctrl-C: the kernels end now, and what waits does not start
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def run_course(
-    *,
-    profile: str = "tiny",
-    only: Sequence[str] = (),
-    parameters: Mapping[str, Any] = MappingProxyType({}),
-    out: Path | None = None,
-    cell_timeout: float | None = None,
-    notebook_timeout: float | None = None,
-    jobs: int | None = None,
+    order: Order | None = None, *, out: Path | None = None, resume: bool = False
 ) -> CourseResult:
     """Run notebooks in their order, print how each fares, and write the report.
 
-    `out`: an empty folder, or that of an earlier run, whose adapters are found again.
-    `cell_timeout`, `notebook_timeout`: seconds. A failure skips only what depends on it.
-    `jobs`: notebooks at a time; None: two in the tiny profile, where each has one thread, else one.
-    Raises: GemmateError for an unknown notebook, profile or parameter.
+    `out`: an empty folder, or that of an earlier run, whose adapters are found again. A failure
+    skips only what depends on it. `resume`: what is ok in the folder, from the same notebook with
+    the same parameters, is not run again.
+    Raises: GemmateError for an unknown notebook, profile or parameter, all before anything runs.
     """
     from rich.console import Console
 
-    if profile == "auto":
-        profile = choose_profile(machine.read_facts())[0]
-    limits = TIMEOUTS.get(among(profile, PROFILES, "profile"), LARGE_TIMEOUTS)
-    chosen, console = select(only), Console()
-    given = share(parameters, chosen)
+    order = order or Order()
+    if order.profile == "auto":
+        order = replace(order, profile=choose_profile(machine.read_facts())[0])
+    among(order.profile, PROFILES, "profile")
+    jobs, console = plan(order.only, order.parameters, order.grid), Console()
     folder = make_folder(out)
-    timeouts = (cell_timeout or limits[0], notebook_timeout or limits[1])
-    results = _run_all(
-        chosen,
-        folder,
-        profile=profile,
-        parameters=given,
-        timeouts=timeouts,
-        console=console,
-        jobs=jobs or (min(2, os.cpu_count() or 1) if profile == "tiny" else 1),
-    )
-    course = CourseResult(folder, results, write_report(folder))
+    with alone(folder):
+        (folder / "order.json").write_text(json.dumps(asdict(order), indent=2) + "\n", "utf-8")
+        results = _run_all(jobs, order, folder, resume=resume, console=console)
+        course = CourseResult(folder, results, write_report(folder))
     console.print(course.table())
     console.print(f"The report: {course.report}", markup=False, soft_wrap=True)
     return course

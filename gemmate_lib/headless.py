@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from gemmate_lib.batches import Job
 from gemmate_lib.config import GemmateError
 from gemmate_lib.manifest import file_sha256
 
@@ -30,12 +31,14 @@ METRIC = "main metric: "  # a notebook prints its result on a line that starts s
 class NotebookResult:
     """What came of one notebook: code cells and how many were started, seconds, and the rest.
 
-    `error`: {"cell": its number among the code cells, "message"}; `skipped`: the reason.
+    `point`: those of the parameters that a grid varies; `error`: {"cell": its number among the
+    code cells, "message"}; `skipped`: the reason.
     """
 
     notebook: str
     profile: str
     parameters: Mapping[str, Any]
+    point: Mapping[str, Any] = field(default_factory=dict)
     cells: int = 0
     executed: int = 0
     seconds: float = 0.0
@@ -71,6 +74,24 @@ def write_record(folder: Path, source: Path, result: NotebookResult) -> None:
     record["finished"] = datetime.now(UTC).isoformat(timespec="seconds")
     text = json.dumps(record, indent=2, ensure_ascii=False, default=str)
     inside(folder, f"manifests/{result.notebook}.json").write_text(text + "\n", encoding="utf-8")
+
+
+def finished_before(folder: Path, job: Job, *, profile: str) -> NotebookResult | None:
+    """The result of the same notebook with the same parameters, if it is there and ok."""
+    file = inside(folder, f"manifests/{job.name}.json")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    wanted = {
+        "ok": True,
+        "profile": profile,
+        "parameters": dict(job.parameters),
+        "source_sha256": file_sha256(job.source),
+    }
+    if any(record.get(key) != value for key, value in wanted.items()):
+        return None
+    return NotebookResult(**{f.name: record[f.name] for f in fields(NotebookResult)})
 
 
 def environment(folder: Path, profile: str, name: str) -> dict[str, str]:
@@ -159,11 +180,10 @@ def _error(cells: list[dict[str, Any]], status: int | None, log: Path) -> dict[s
 
 
 def run_notebook(
-    source: Path,
+    job: Job,
     folder: Path,
     *,
     profile: str,
-    parameters: Mapping[str, Any],
     timeouts: tuple[float, float],
     tick: Callable[..., None],
 ) -> NotebookResult:
@@ -175,9 +195,9 @@ def run_notebook(
     import psutil
 
     # Through stdin, and to a relative path: papermill formats paths and stores them.
-    name, output = source.stem, inside(folder, f"notebooks/{source.stem}.ipynb")
+    name, output = job.name, inside(folder, f"notebooks/{job.name}.ipynb")
     output.unlink(missing_ok=True)
-    plain = base64.b64encode(yaml.safe_dump(dict(parameters)).encode()).decode()
+    plain = base64.b64encode(yaml.safe_dump(dict(job.parameters)).encode()).decode()
     command = [sys.executable, "-m", "papermill", "-", f"notebooks/{name}.ipynb"]
     command += ["--kernel", "python3", "--no-progress-bar", "--parameters_base64", plain]
     command += ["--execution-timeout", str(max(1, round(timeouts[0]))), "--start-timeout", "300"]
@@ -187,7 +207,7 @@ def run_notebook(
         cells = code_cells(output)
         tick(completed=started(cells), total=len(cells))
 
-    with source.open("rb") as text, log.open("wb") as said:
+    with job.source.open("rb") as text, log.open("wb") as said:
         streams = {"stdin": text, "stdout": said, "stderr": said}
         env = environment(folder, profile, name)
         process = psutil.Popen(command, cwd=folder, env=env, **streams)
@@ -196,7 +216,8 @@ def run_notebook(
     return NotebookResult(
         notebook=name,
         profile=profile,
-        parameters=parameters,
+        parameters=job.parameters,
+        point=job.point,
         cells=len(cells),
         executed=started(cells),
         seconds=round(time.monotonic() - begin, 1),

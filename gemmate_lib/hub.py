@@ -123,7 +123,7 @@ def _hub_errors(action: str, repo_id: str) -> Iterator[None]:
         theirs = isinstance(error, OSError | ValueError) or "http" in type(error).__module__
         if not theirs:
             raise
-        problem = auth._problem(error, token=auth.find_token().found)
+        problem = auth.what_failed(error, auth.find_token())
         said = " ".join(str(error).split())[:200].rstrip(".")
         remedy = _remedy(action, repo_id, problem)
         raise GemmateError(f"Cannot {action} {repo_id}: {said}. {remedy}") from error

@@ -57,7 +57,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 
 def test_no_token_is_found_where_there_is_none() -> None:
-    assert auth.find_token() == auth.TokenState(None, found=False)
+    assert auth.find_token() == auth.TokenState(None, found=False, problem="missing")
 
 
 def test_the_source_is_named_and_the_token_is_not(

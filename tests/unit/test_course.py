@@ -1,13 +1,17 @@
 import json
+import signal
 import subprocess
 import sys
+import threading
+import time
 
 import psutil
 import pytest
 
-from gemmate_lib import course, headless
+from gemmate_lib import batches, course, headless
+from gemmate_lib.batches import Job, check_parameters, plan, read_grid, read_pairs, select
 from gemmate_lib.config import GemmateError
-from gemmate_lib.course import make_folder, run_course, select, share
+from gemmate_lib.course import Order, alone, make_folder, newest_order, run_course
 from gemmate_lib.headless import NotebookResult, inside, main_metric, run_notebook
 
 FIGURE = """
@@ -50,7 +54,7 @@ def write_notebook(folder, name, *sources, parameters="rows = 100", stored=()):
 
 
 def use(monkeypatch, *files):
-    monkeypatch.setattr(course, "NOTEBOOKS", {file.stem[:2]: file for file in files})
+    monkeypatch.setattr(batches, "NOTEBOOKS", {file.stem[:2]: file for file in files})
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +70,7 @@ def executed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         use(monkeypatch, *files)
         monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
-        return run_course(out=folder / "out{}", parameters={"rows": 7})
+        return run_course(Order(parameters={"rows": "7"}), out=folder / "out{}")
 
 
 def test_goes_on_after_a_failure_and_skips_what_depends_on_it(executed):
@@ -127,8 +131,8 @@ def test_the_table_shows_an_error_as_it_is():
 def test_a_cell_that_hangs_is_ended_with_all_its_processes(tmp_path):
     source = write_notebook(tmp_path, "03_sft", HANG)
     folder, ticks = make_folder(tmp_path / "out"), []
-    about = {"profile": "tiny", "parameters": {}, "tick": lambda **counts: ticks.append(counts)}
-    result = run_notebook(source, folder, timeouts=(5, 900), **about)
+    about = {"profile": "tiny", "tick": lambda **counts: ticks.append(counts)}
+    result = run_notebook(Job("03", source, {}, {}), folder, timeouts=(5, 900), **about)
     assert result.state == "failed"
     assert "CellTimeoutError" in result.error["message"] and result.error["cell"] == 2
     assert not psutil.pid_exists(int((folder / "child.txt").read_text()))
@@ -238,13 +242,13 @@ def test_select_takes_the_core_or_what_is_named(three):
 
 
 def test_a_parameter_goes_where_it_is_known(three):
-    given = share({"max_steps": 5, "rows": 2}, select(["all"]))
+    given = check_parameters({"max_steps": 5, "rows": 2}, select(["all"]))
     assert given == {"00": {"rows": 2}, "03": {"max_steps": 5, "rows": 2}, "07": {"rows": 2}}
 
 
 def test_an_unknown_parameter_is_refused_before_anything_runs(three, tmp_path):
     with pytest.raises(GemmateError, match=r"'max_step'.*Known are: max_steps, rows, seed"):
-        run_course(parameters={"max_step": 5}, out=tmp_path / "out")
+        run_course(Order(parameters={"max_step": 5}), out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -253,7 +257,123 @@ def test_a_notebook_without_the_tag_takes_no_parameters(monkeypatch, tmp_path):
     file.write_text(file.read_text("utf-8").replace('"parameters"', '"other"'), encoding="utf-8")
     use(monkeypatch, file)
     with pytest.raises(GemmateError, match="no cell is tagged"):
-        share({"rows": 5}, select())
+        check_parameters({"rows": 5}, select())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("max_steps", "many", "int"), ("max_steps", "1.5", "int"), ("rate", "fast", "float")],
+)
+def test_a_parameter_of_a_wrong_type_is_refused(monkeypatch, tmp_path, name, value, kind):
+    cell = "max_steps = 20\nrate = 1e-3\nseed: int = None\nmodel: str = None"
+    use(monkeypatch, write_notebook(tmp_path, "03_sft", parameters=cell))
+    with pytest.raises(GemmateError, match=f"{name} takes {kind}, not '{value}'"):
+        check_parameters({name: value}, select())
+    texts = {"max_steps": "5", "rate": "1e-4", "seed": "null", "model": "7"}
+    typed = {"max_steps": 5, "rate": 1e-4, "seed": None, "model": "7"}
+    assert check_parameters(texts, select()) == {"03": typed}
+
+
+def test_a_grid_has_a_job_for_every_point(three):
+    grid = read_grid(["max_steps=1,2", "rows=3,4"])
+    jobs = plan(["00", "03"], {"seed": "9"}, grid)
+    assert [job.name for job in jobs] == [
+        "00_setup--rows=3",
+        "03_sft--max_steps=1--rows=3",
+        "00_setup--rows=4",
+        "03_sft--max_steps=1--rows=4",
+        "03_sft--max_steps=2--rows=3",
+        "03_sft--max_steps=2--rows=4",
+    ]
+    assert jobs[0].parameters == {"rows": 3, "seed": 9}
+    assert jobs[0].fits(jobs[1]) and not jobs[0].fits(jobs[3])
+    assert Job("03", three[1], {}, {"model": "../a b/{c}"}).name == "03_sft--model=.._a_b_c_"
+
+
+@pytest.mark.parametrize("pairs", [["lora_r"], ["=4"], ["rows=1", "rows=2"]])
+def test_a_malformed_grid_is_refused(pairs):
+    with pytest.raises(GemmateError):
+        read_grid(pairs)
+
+
+def test_a_parameter_is_not_in_the_grid_as_well(three):
+    with pytest.raises(GemmateError, match="rows is both"):
+        plan([], {"rows": "1"}, {"rows": ["2", "3"]})
+    assert read_pairs(["a=b=c"], "") == {"a": "b=c"}
+
+
+SOMETIMES = "assert max_steps != 2 or rows != 3, 'planted'\nprint('main metric: fine')"
+
+
+def test_a_grid_outlives_a_failure_and_is_resumed(monkeypatch, tmp_path):
+    cell = "max_steps = 20\nrows = 1"
+    file = write_notebook(tmp_path, "03_sft", SOMETIMES, parameters=cell)
+    use(monkeypatch, file)
+    order = Order(grid=read_grid(["max_steps=1,2", "rows=3,4"]), jobs=2)
+    first = run_course(order, out=tmp_path / "out")
+    assert [r.state for r in first.notebooks] == ["ok", "ok", "failed", "ok"]
+    assert not first.ok and "planted" in first.notebooks[2].remark
+    page = first.report.read_text("utf-8")
+    assert page.count("fine") >= 3 and "planted" in page
+
+    before = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "out/manifests").iterdir()}
+    again, folder = newest_order(tmp_path / "out")
+    assert again.grid == order.grid and folder == tmp_path / "out"
+    second = run_course(again, out=folder, resume=True)
+    changed = {
+        f.name
+        for f in (tmp_path / "out/manifests").iterdir()
+        if before[f.name] != f.stat().st_mtime_ns
+    }
+    assert changed == {"03_sft--max_steps=2--rows=3.json"}
+    assert second.notebooks[:2] == first.notebooks[:2] and not second.ok
+
+    write_notebook(tmp_path, "03_sft", "print('main metric: other')", parameters=cell)
+    mended = run_course(again, out=folder, resume=True)  # another notebook: nothing is kept
+    assert mended.ok and {r.main_metric for r in mended.notebooks} == {"other"}
+
+
+def test_there_has_to_be_something_to_resume(monkeypatch, tmp_path):
+    monkeypatch.setenv("GEMMATE_RUNS", str(tmp_path))
+    for out in (None, tmp_path / "nowhere"):
+        with pytest.raises(GemmateError, match="no run of the course to resume"):
+            newest_order(out)
+
+
+def test_two_courses_do_not_share_a_folder(tmp_path):
+    folder = make_folder(tmp_path / "out")
+    with alone(folder), pytest.raises(GemmateError, match="Another course runs"), alone(folder):
+        pass
+    process = psutil.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    (folder / "running.pid").write_text(str(process.pid))  # it was killed and left this
+    with alone(folder):
+        assert (folder / "running.pid").exists()
+    assert not (folder / "running.pid").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(GemmateError, match="Choose another folder"):
+        make_folder(tmp_path / "file/out")
+
+
+def test_an_interrupt_ends_the_notebooks_that_run(monkeypatch, tmp_path):
+    hangs = write_notebook(tmp_path, "03_sft", HANG)
+    waits = write_notebook(tmp_path, "04_late", "open('late.txt', 'w').write('')")
+    use(monkeypatch, hangs, waits)
+    out = tmp_path / "out"
+
+    def interrupt():
+        while not (out / "child.txt").exists() or not (out / "child.txt").read_text():
+            time.sleep(0.1)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        run_course(Order(jobs=1), out=out)
+    assert not psutil.pid_exists(int((out / "child.txt").read_text()))
+    assert not (out / "late.txt").exists() and not (out / "running.pid").exists()
 
 
 @pytest.mark.parametrize(
@@ -261,18 +381,18 @@ def test_a_notebook_without_the_tag_takes_no_parameters(monkeypatch, tmp_path):
 )
 def test_a_secret_is_no_parameter_and_is_not_repeated(three, secret):
     with pytest.raises(GemmateError, match="HF_TOKEN") as refused:
-        share(secret, select())
+        check_parameters(secret, select())
     assert "hf_a" not in str(refused.value)
 
 
 def test_max_new_tokens_is_no_secret(monkeypatch, tmp_path):
     use(monkeypatch, write_notebook(tmp_path, "03_sft", parameters="max_new_tokens = 1"))
-    assert share({"max_new_tokens": 8}, select()) == {"03": {"max_new_tokens": 8}}
+    assert check_parameters({"max_new_tokens": 8}, select()) == {"03": {"max_new_tokens": 8}}
 
 
 def test_an_unknown_profile_is_refused(three):
     with pytest.raises(GemmateError, match="'tiny'"):
-        run_course(profile="tinny")
+        run_course(Order(profile="tinny"))
 
 
 def test_the_tiny_profile_alone_is_offline_and_single_threaded(tmp_path, monkeypatch):
