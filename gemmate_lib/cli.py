@@ -31,6 +31,9 @@ def main(
 ) -> None:
     """Fine-tune Gemma, evaluate it and teach it what time it is: the course's library."""
     context.obj = debug
+    from gemmate_lib.machine import quiet
+
+    quiet()
 
 
 @app.command()
@@ -88,15 +91,15 @@ def finetune(
     from gemmate_lib import machine
     from gemmate_lib.config import resolve
 
-    machine.quiet()
     resolved = resolve(
         experiment, facts=machine.read_facts(), profile=profile, overrides=settings or ()
     )
     if explain:
         typer.echo(str(resolved.table()))
     typer.echo(f"profile {resolved.experiment.profile}: {resolved.reasons['profile']}")
-    from gemmate_lib.sft import finetune_model, load_splits
+    from gemmate_lib.sft import check_new, finetune_model, load_splits
 
+    check_new(out)
     splits = load_splits(resolved.experiment)
     typer.echo("\n".join(splits.report.lines()))
     run = finetune_model(resolved.experiment, out=out, splits=splits, report=_progress)
@@ -277,10 +280,15 @@ def run() -> None:
 
     try:
         app()
-    except GemmateError as error:
+    except (GemmateError, OSError) as error:
         if "--debug" in sys.argv:
             raise
-        typer.echo(f"gemmate: {error}", err=True)
+        said = str(error)
+        if isinstance(error, OSError):
+            where = f"{error.filename}: " if error.filename else ""
+            remedy = "Check the path, its permissions and the space on the disk."
+            said = f"{where}{error.strerror or error}. {remedy}"
+        typer.echo(f"gemmate: {' '.join(said.split())}", err=True)
         raise SystemExit(2) from None
 
 

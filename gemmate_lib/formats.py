@@ -29,7 +29,8 @@ def find_splits(folder: Path) -> dict[str, Path]:
     for split, stems in SPLITS.items():
         found = [p for p in sorted(folder.iterdir()) if p.suffix in SUFFIXES and p.stem in stems]
         if len(found) > 1 or (split == "train" and not found):
-            raise GemmateError(f"{folder} holds {len(found)} {split} files. It should hold one.")
+            count = f"{len(found)} {split} files" if found else "no train file"
+            raise GemmateError(f"{folder} holds {count}. Give one, such as {split}.jsonl.")
         if found:
             files[split] = found[0]
     return files
@@ -66,7 +67,8 @@ def _read_text(path: Path) -> str:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         where = f"byte {error.start} is {raw[error.start]:#04x}"
-        raise GemmateError(f"{path} is not UTF-8: {where}. Save it as UTF-8.") from error
+        remedy = f"Convert it, perhaps by: iconv -f cp1252 -t utf-8 {path.name}"
+        raise GemmateError(f"{path} is not UTF-8: {where}. {remedy}") from error
 
 
 def _parse_json(path: Path, text: str) -> list[Any]:

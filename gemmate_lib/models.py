@@ -1,8 +1,10 @@
 """Bases: load one in NF4, bf16 or fp32 and say why so, identify it, merge an adapter into it."""
 
+import contextlib
 import hashlib
 import json
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -49,12 +51,15 @@ def model_path(model_id: str) -> str:
 
 
 def load_tokenizer(model_id: str, revision: str | None = None) -> "PreTrainedTokenizerBase":
-    """The tokenizer of a base; where it has no padding token (GPT-2), EOS pads."""
+    """The tokenizer of a base; where it has no padding token (GPT-2), EOS pads.
+
+    Raises: GemmateError where the files cannot be had.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_path(model_id), revision=revision or PRESETS.get(model_id), trust_remote_code=False
-    )
+    path, revision = model_path(model_id), revision or PRESETS.get(model_id)
+    with _explained(model_id, revision):
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -72,7 +77,7 @@ def load_base(config: ModelConfig) -> LoadedModel:
     path, revision = model_path(config.id), config.revision or PRESETS.get(config.id)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     dtype = getattr(torch, config.compute_dtype)
-    try:
+    with _explained(config.id, revision):
         settings = AutoConfig.from_pretrained(path, **options)
         if stored := getattr(settings, "quantization_config", None):  # a 4-bit copy
             stored["bnb_4bit_compute_dtype"] = config.compute_dtype  # ours, not its maker's
@@ -85,8 +90,6 @@ def load_base(config: ModelConfig) -> LoadedModel:
             path, config=settings, dtype=dtype, device_map=place, use_safetensors=True, **options
         )
         tokenizer = load_tokenizer(config.id, revision)
-    except (OSError, ValueError, ImportError) as error:
-        raise GemmateError(_why_not_loaded(config, revision, error)) from error
     weights = "as stored, quantized" if stored else config.quantization
     reasons += (f"weights: {weights}", f"attention {model.config._attn_implementation}")
     if guarded := guard_4bit_cpu(model):
@@ -115,15 +118,23 @@ def _device_and_dtype(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
     return device, (f"device {device}: {why}", f"compute {dtype}: possible on {device}")
 
 
-def _why_not_loaded(config: ModelConfig, revision: str | None, error: Exception) -> str:
+@contextlib.contextmanager
+def _explained(model_id: str, revision: str | None) -> Iterator[None]:
+    """Turn what the libraries raise where a model cannot be read into one sentence."""
     from gemmate_lib.auth import check_access
 
-    first = f"cannot load {config.id}: {str(error).strip().splitlines()[0]}"
-    if not isinstance(error, OSError):
-        return f"{first}. Change the settings under `model`."
-    local = config.id in EMBEDDED or Path(config.id).is_dir()
-    remedy = None if local else check_access(config.id, revision).remedy
-    return f"{first}. {remedy or 'It needs config.json, *.safetensors and a tokenizer.'}"
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        problem = f"cannot load {model_id}: {str(error).strip().splitlines()[0].rstrip('.:')}"
+        if model_id in EMBEDDED or Path(model_id).is_dir():
+            remedy = "A folder needs config.json, *.safetensors and a tokenizer."
+        elif not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", model_id) or model_id.startswith("."):
+            problem = f"there is no folder {model_id}"
+            remedy = "Give one, or the model's id on the Hub, as in google/gemma-2b."
+        else:
+            remedy = check_access(model_id, revision).remedy or "Change the settings under `model`."
+        raise GemmateError(f"{problem}. {remedy}") from error
 
 
 def weights_hash(model_id: str, revision: str | None = None) -> str | None:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import time
 from collections.abc import Iterator
@@ -105,10 +106,16 @@ def finetune_or_load(experiment: Experiment, *, report: Report | None = None) ->
     if not (directory / "manifest.json").is_file():
         try:
             return finetune_model(experiment, out=directory, splits=splits, report=report)
-        except OSError:  # another process may have made the very same run in the meantime
+        except (OSError, GemmateError):  # another process may have made the very same run meanwhile
             if not (directory / "manifest.json").is_file():
                 raise
     return load_run(directory)
+
+
+def check_new(out: Path) -> None:
+    """Raise GemmateError where the folder of a run exists already."""
+    if out.exists():
+        raise GemmateError(f"{out} exists. Give --out another folder, or delete it.")
 
 
 def finetune_model(
@@ -124,8 +131,7 @@ def finetune_model(
         gradient or parameter that is no longer finite.
     """
     out, began = Path(out), time.perf_counter()
-    if out.exists():
-        raise GemmateError(f"{out} exists. Give --out another folder, or delete it.")
+    check_new(out)
     machine.prepare(seed=experiment.seed, threads=experiment.threads)
     splits = splits or load_splits(experiment)
     base = load_base(experiment.model)
@@ -160,7 +166,13 @@ def _staging(out: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
+        check_new(out)  # another run may have been quicker
         staging.rename(out)
+    except Exception as error:
+        if re.search(r"No space left|File too large|os error (27|28)\b", str(error)):
+            remedy = "Free some, or give --out a folder on another disk."
+            raise GemmateError(f"There is no room to write {out}. {remedy}") from error
+        raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

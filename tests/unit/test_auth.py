@@ -1,12 +1,11 @@
 """Where the token comes from, and the remedy for each way the Hub says no."""
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import get_args
 
 import pytest
+from hub import Hub, serving
 
 from gemmate_lib import auth
 
@@ -24,36 +23,11 @@ def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
-class Hub(BaseHTTPRequestHandler):
-    """Answers every request with one status and X-Error-Code, and notes what it was asked."""
-
-    answer: tuple[int, str] = (200, "")
-    asked: tuple[str, str | None] = ("", None)
-
-    def do_HEAD(self) -> None:
-        Hub.asked = (self.path, self.headers.get("Authorization"))
-        self.send_response(self.answer[0])
-        for name, value in (
-            ("X-Error-Code", self.answer[1]),
-            ("ETag", "x"),
-            ("X-Repo-Commit", "c"),
-        ):
-            self.send_header(name, value)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
-    server = HTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield Hub
-    server.shutdown()
-    server.server_close()
+    with serving() as address:
+        monkeypatch.setenv("HF_ENDPOINT", address)
+        yield Hub
 
 
 def test_no_token_is_found_where_there_is_none() -> None:
