@@ -8,7 +8,7 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 NBVAL := GEMMATE_PROFILE=tiny $(BIN)/python tests/offline.py $(PYTEST) --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout=300 -W ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help course test test-slow lint types notebooks lab bench lock outputs readme clean
+.PHONY: help course test test-slow lint types notebooks stamp machines lab bench lock outputs readme clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,14 +28,18 @@ test: lint types unit course-notebooks ## Everything that must hold before a com
 unit: $(VENV)/.made
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: $(VENV)/.made ## What takes longer: the solutions, the offline course, the rebuild, the true shape
+test-slow: $(VENV)/.made ## What takes longer: solutions, another machine, no network, wheel, rebuild, true shape
 	$(NBVAL) notebooks/solutions
+	sh tests/notebooks/machines.sh "avx2 2"
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-lint: $(VENV)/.made ## Style and the floors of the house
+lint: $(VENV)/.made ## Style, floors, notebooks fit to be read, spelling, secrets
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
+	$(BIN)/python tests/notebooks/gate.py
+	git ls-files -z | xargs -0 $(BIN)/codespell
+	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString
 
 types: $(VENV)/.made ## Static types
 	$(BIN)/mypy
@@ -52,6 +56,13 @@ outputs: $(VENV)/.made ## Run every notebook in place and store its outputs
 
 readme: $(VENV)/.made ## Measure the results again and write the README's generated tables
 	$(BIN)/python tests/integration/test_results.py
+
+stamp: ## Write badges and install cells from the repository's URL in pyproject.toml
+	$(PYTHON) tests/notebooks/stamp.py
+
+TIMES ?= 1
+machines: $(VENV)/.made ## Compare the notebooks as other machines compute: capability and threads, TIMES=10 for flakes
+	for i in $$(seq $(TIMES)); do sh tests/notebooks/machines.sh "own 1" "own 2" "avx2 1" "avx2 2" || exit 1; done
 
 lab: $(VENV)/.made ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks

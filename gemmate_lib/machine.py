@@ -90,9 +90,13 @@ def _keep_memory() -> None:
 
 
 def prepare(*, seed: int, threads: int | None = None) -> None:
-    """Quiet, threads, seeds and deterministic algorithms; call it before anything is computed."""
+    """Quiet, threads, seeds and deterministic algorithms; call it before anything is computed.
+
+    The variable GEMMATE_THREADS outranks `threads`, so that one can see what hangs on them.
+    """
     quiet()
     _keep_memory()
+    threads = int(os.environ.get("GEMMATE_THREADS") or threads or 0) or None
     if threads is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(threads)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS is not deterministic

@@ -9,7 +9,7 @@ from hub import Hub, serving
 
 from gemmate_lib import auth
 
-SECRET = "hf_thisIsNoRealToken"
+SECRET = "hf_thisIsNoRealToken"  # pragma: allowlist secret
 
 
 @pytest.fixture(autouse=True)

@@ -27,7 +27,7 @@ from gemmate_lib.publish import (
 from gemmate_lib.sft import load_run
 from gemmate_lib.stats import Interval
 
-SECRET = "hf_thisIsNoRealToken"
+SECRET = "hf_thisIsNoRealToken"  # pragma: allowlist secret
 PLANTED = [
     "adapter/training_args.bin",
     "adapter/optimizer.pt",
