@@ -92,7 +92,7 @@ def test_folder_by_the_usual_names(tmp_path):
 
 @pytest.mark.parametrize(
     ("names", "told"),
-    [(["test.csv"], "0 train files"), (["train.csv", "val.csv", "dev.csv"], "2 validation files")],
+    [(["test.csv"], "no train file"), (["train.csv", "val.csv", "dev.csv"], "2 validation files")],
 )
 def test_folder_must_be_unambiguous(tmp_path, names, told):
     for name in names:

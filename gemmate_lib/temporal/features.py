@@ -1,0 +1,140 @@
+"""What a timestamp is turned into before it is projected: numbers that a network can read.
+
+Each kind shows other things of the same moment. Everything that must be exact is computed in
+int64; what is a real number, in float64.
+
+Shapes: `...` any shape of timestamps, int64, milliseconds since the Unix epoch, UTC; `F` features.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+
+from gemmate_lib.config import GemmateError
+from gemmate_lib.temporal.encoding import DAY, HOUR, MINUTE, REFERENCE_MS, TAU, log_encoding
+
+# -9999-01-01 and 9999-12-31 23:59:59.999 in the proleptic Gregorian calendar.
+EARLIEST, LATEST = -377_705_116_800_000, 253_402_300_799_999
+# The sizes of the calendar's one-hot groups: sign, four digits of the year, and so on.
+GROUPS = {
+    "before year 0": 2,
+    "millennium": 10,
+    "century": 10,
+    "decade": 10,
+    "year": 10,
+    "month": 12,
+    "day": 31,
+    "weekday": 7,
+    "hour": 24,
+    "minute": 60,
+}
+# Whole milliseconds, so that a phase is exact at any distance; the Gregorian calendar repeats
+# after 400 years, of which the month, the year, the decade and the century are fractions.
+GREGORIAN = 146_097 * DAY
+PERIODS = (
+    HOUR, DAY, 7 * DAY, GREGORIAN // 4800, GREGORIAN // 400, GREGORIAN // 40, GREGORIAN // 4,
+)  # fmt: skip
+
+
+def _check(timestamps: torch.Tensor) -> None:
+    if timestamps.dtype != torch.int64:
+        raise GemmateError(f"timestamps are {timestamps.dtype}. Pass milliseconds as torch.int64.")
+    outside = (timestamps < EARLIEST) | (timestamps > LATEST)
+    if bool(outside.any()):
+        first = int(timestamps[outside][0])
+        raise GemmateError(f"The timestamp {first} is outside the years -9999 to 9999.")
+
+
+def _floor(number: torch.Tensor, divisor: int) -> torch.Tensor:
+    return torch.div(number, divisor, rounding_mode="floor")
+
+
+def civil(timestamps: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return year, month (1-12), day (1-31), weekday (Monday 0), hour and minute: int64 [...].
+
+    The proleptic Gregorian calendar, by integer arithmetic alone: a year that starts in March has
+    its leap day at the end, and 400 of them always have 146,097 days.
+    Raises: GemmateError for another type than int64, or a year beyond -9999 to 9999.
+    Source: https://howardhinnant.github.io/date_algorithms.html#civil_from_days
+    """
+    _check(timestamps)
+    days = _floor(timestamps, DAY)
+    minutes = _floor(timestamps - days * DAY, MINUTE)
+    from_march = days + 719_468  # since 0000-03-01
+    era = _floor(from_march, 146_097)
+    day = from_march - era * 146_097  # of the era, from 0
+    leaps = _floor(day, 1_460) - _floor(day, 36_524) + _floor(day, 146_096)
+    year = _floor(day - leaps, 365)  # of the era, from 0
+    day = day - (365 * year + _floor(year, 4) - _floor(year, 100))  # of the year, 1 March is 0
+    month = _floor(5 * day + 2, 153)  # March is 0
+    first = _floor(153 * month + 2, 5)
+    return {
+        "year": year + era * 400 + (month >= 10),
+        "month": torch.where(month < 10, month + 3, month - 9),
+        "day": day - first + 1,
+        "weekday": torch.remainder(days + 3, 7),  # 1970-01-01 was a Thursday
+        "hour": _floor(minutes, 60),
+        "minute": torch.remainder(minutes, 60),
+    }
+
+
+def calendar(timestamps: torch.Tensor) -> torch.Tensor:
+    """Return one 1 for each field of the date and time, float64 [..., 176]: see GROUPS.
+
+    A projection of it is a sum of learned vectors, one for each digit, month, weekday and so on.
+    By construction it hands over the weekday, which a network would otherwise have to work out.
+    """
+    found = civil(timestamps)
+    size = found["year"].abs()
+    digits = [torch.remainder(_floor(size, 10**place), 10) for place in (3, 2, 1, 0)]
+    rest = [found["month"] - 1, found["day"] - 1, found["weekday"], found["hour"], found["minute"]]
+    values = [(found["year"] < 0).long(), *digits, *rest]
+    hot = [
+        torch.nn.functional.one_hot(value, classes)
+        for value, classes in zip(values, GROUPS.values(), strict=True)
+    ]
+    return torch.cat(hot, dim=-1).double()
+
+
+def log(timestamps: torch.Tensor, tau: float = TAU) -> torch.Tensor:
+    """Return GemmaTE's own encoding, tau * log(max(t - reference, 1)): float64 [..., 1]."""
+    return log_encoding(timestamps, tau)[..., None]
+
+
+def signed_log(timestamps: torch.Tensor, tau: float = TAU) -> torch.Tensor:
+    """Return the same with the sign of t - reference, so that before is not one moment."""
+    _check(timestamps)
+    elapsed = timestamps - REFERENCE_MS
+    return (elapsed.sign() * elapsed.abs().clamp(min=1).double().log() * tau)[..., None]
+
+
+def fourier(timestamps: torch.Tensor) -> torch.Tensor:
+    """Return sine and cosine of the phase in each of PERIODS, float64 [..., 14].
+
+    The remainder is taken in int64, so that a phase is as sharp in a thousand years as today.
+    """
+    _check(timestamps)
+    lengths = torch.tensor(PERIODS, device=timestamps.device)
+    elapsed = timestamps[..., None] - REFERENCE_MS
+    angle = torch.remainder(elapsed, lengths).double() / lengths * (2 * math.pi)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+Features = Callable[[torch.Tensor], torch.Tensor]
+KINDS: dict[str, tuple[Features, int]] = {
+    "log": (log, 1),
+    "signed_log": (signed_log, 1),
+    "fourier": (fourier, 2 * len(PERIODS)),
+    "calendar": (calendar, sum(GROUPS.values())),
+}
+
+
+def parts(kind: str) -> list[str]:
+    """The kinds in a kind, such as `log+calendar`. Raises: GemmateError for an unknown one."""
+    names = kind.split("+")
+    for name in names:
+        if name not in KINDS:
+            known = ", ".join(KINDS)
+            raise GemmateError(f"There is no temporal encoder {name!r}. Join any of {known} by +.")
+    return names
