@@ -18,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from gemmate_lib import machine
 from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter
 from gemmate_lib.config import Experiment, GemmateError
@@ -103,12 +105,11 @@ def finetune_or_load(experiment: Experiment, *, report: Report | None = None) ->
     """Return the run of an experiment: the one made before, or a new one under `runs_home()`."""
     splits = load_splits(experiment)
     directory = machine.runs_home() / f"{experiment.name}-{run_key(experiment, splits)}"
-    if not (directory / "manifest.json").is_file():
-        try:
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Notebooks that run side by side want the same run: one makes it, the others wait for it.
+    with FileLock(directory.with_name(f".{directory.name}.lock")):
+        if not (directory / "manifest.json").is_file():
             return finetune_model(experiment, out=directory, splits=splits, report=report)
-        except (OSError, GemmateError):  # another process may have made the very same run meanwhile
-            if not (directory / "manifest.json").is_file():
-                raise
     return load_run(directory)
 
 

@@ -121,7 +121,7 @@ def fourier(timestamps: torch.Tensor) -> torch.Tensor:
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-Features = Callable[[torch.Tensor], torch.Tensor]
+Features = Callable[..., torch.Tensor]
 KINDS: dict[str, tuple[Features, int]] = {
     "log": (log, 1),
     "signed_log": (signed_log, 1),

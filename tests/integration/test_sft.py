@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -150,3 +153,19 @@ def test_train_takes_a_collator(experiment: Make, tmp_path: Path) -> None:
     splits = load_splits(settings)
     train(model, base.tokenizer, splits, settings, tmp_path / "t", collator=collate)
     assert seen
+
+
+def test_two_that_want_the_same_run_make_it_once(tmp_path: Path) -> None:
+    """As two notebooks do that run side by side: one trains, the other waits and finds it."""
+    code = (
+        "from gemmate_lib.config import Facts, resolve\n"
+        "from gemmate_lib.sft import finetune_or_load\n"
+        "given = {'max_steps': 2, 'eval_every': 0, 'dataset.limit': 40}\n"
+        "made = resolve('quotes', facts=Facts(), profile='tiny', overrides=given)\n"
+        "print(finetune_or_load(made.experiment).found)\n"
+    )
+    env = os.environ | {"GEMMATE_RUNS": str(tmp_path)}
+    command = [sys.executable, "-c", code]
+    both = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert sorted(process.communicate()[0].strip() for process in both) == ["False", "True"]
+    assert len([folder for folder in tmp_path.iterdir() if folder.is_dir()]) == 1
