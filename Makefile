@@ -31,7 +31,7 @@ unit: $(VENV)/.made
 test-slow: $(VENV)/.made ## What takes longer: solutions, another machine, no network, wheel, rebuild, true shape
 	$(NBVAL) notebooks/solutions
 	sh tests/notebooks/machines.sh "avx2 2"
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu"
 
 lint: $(VENV)/.made ## Style, floors, notebooks fit to be read, spelling, secrets
 	$(BIN)/ruff check .
