@@ -38,8 +38,8 @@ lint: $(VENV)/.made ## Style, floors, notebooks fit to be read, spelling, secret
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/python tests/notebooks/gate.py
-	git ls-files -z | xargs -0 $(BIN)/codespell
-	git ls-files -z | xargs -0 $(BIN)/detect-secrets-hook --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString
+	git ls-files -z | xargs -0 -r $(BIN)/codespell
+	git ls-files -z | xargs -0 -r $(BIN)/detect-secrets-hook --disable-plugin Base64HighEntropyString --disable-plugin HexHighEntropyString
 
 types: $(VENV)/.made ## Static types
 	$(BIN)/mypy
