@@ -39,9 +39,14 @@ class Dialogue:
     turns: tuple[tuple[str, str], ...]
 
 
+def short_date(day: datetime) -> str:
+    """23 May 2006."""
+    return f"{day.day} {MONTHS[day.month - 1]} {day.year}"
+
+
 def long_date(day: datetime) -> str:
     """Tuesday, 23 May 2006."""
-    return f"{WEEKDAYS[day.weekday()]}, {day.day} {MONTHS[day.month - 1]} {day.year}"
+    return f"{WEEKDAYS[day.weekday()]}, {short_date(day)}"
 
 
 def clock(moment: datetime) -> str:
@@ -49,11 +54,15 @@ def clock(moment: datetime) -> str:
     return f"{moment.hour:02}:{moment.minute:02}"
 
 
-def shifted(day: datetime, months: int) -> datetime:
-    """The same day some months on; where that month has none, its last."""
-    from dateutil.relativedelta import relativedelta
+def date_after(**delta: int) -> Callable[[datetime], str]:
+    """What tells the date some days or months on; where a month has no such day, its last."""
 
-    return day + relativedelta(months=months)
+    def tell(now: datetime) -> str:
+        from dateutil.relativedelta import relativedelta
+
+        return long_date(now + relativedelta(**delta))
+
+    return tell
 
 
 def holiday(day: datetime) -> str:
@@ -100,27 +109,27 @@ SIMPLE: Mapping[str, Simple] = {
     ),
     "yesterday": (
         ("What was the date yesterday?", "What date was it yesterday?"),
-        lambda now: long_date(now - timedelta(days=1)),
+        date_after(days=-1),
     ),
     "tomorrow": (
         ("What is the date tomorrow?", "What date is it tomorrow?"),
-        lambda now: long_date(now + timedelta(days=1)),
+        date_after(days=1),
     ),
     "a week ago": (
         ("What was the date a week ago?", "What date was it a week ago?"),
-        lambda now: long_date(now - timedelta(days=7)),
+        date_after(days=-7),
     ),
     "in ten days": (
         ("What is the date in 10 days?", "What date is it in ten days?"),
-        lambda now: long_date(now + timedelta(days=10)),
+        date_after(days=10),
     ),
     "a month ago": (
         ("What was the date a month ago?", "What date was it one month ago?"),
-        lambda now: long_date(shifted(now, -1)),
+        date_after(months=-1),
     ),
     "three months ago": (
         ("What was the date three months ago?", "What date was it 3 months ago?"),
-        lambda now: long_date(shifted(now, -3)),
+        date_after(months=-3),
     ),
     "holiday": (("Which holiday is today?", "What holiday is it today?"), holiday),
     "days until Christmas": (
@@ -145,9 +154,8 @@ def birthday(now: datetime, rng: random.Random) -> Turns:
     """Somebody's age, and the days to the next birthday."""
     years, month, day = rng.randrange(5, 90), rng.randrange(1, 13), rng.randrange(1, 29)
     born = datetime(now.year - years, month, day, tzinfo=UTC)
-    told = f"{born.day} {MONTHS[born.month - 1]} {born.year}"
     return (
-        (f"I was born on {told}. How old am I?", str(age(now, born))),
+        (f"I was born on {short_date(born)}. How old am I?", str(age(now, born))),
         ("How many days until my birthday?", str(days_until(now, born.month, born.day))),
     )
 
@@ -155,8 +163,7 @@ def birthday(now: datetime, rng: random.Random) -> Turns:
 def countdown(now: datetime, rng: random.Random) -> Turns:
     """Days to a date that is given."""
     days = rng.randrange(1, 200)
-    then = now + timedelta(days=days)
-    day = f"{then.day} {MONTHS[then.month - 1]} {then.year}"
+    day = short_date(now + timedelta(days=days))
     return ((f"The launch is on {day}. How many days are left?", str(days)),)
 
 

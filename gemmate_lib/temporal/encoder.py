@@ -7,8 +7,7 @@ import torch
 from torch import nn
 from transformers import initialization
 
-from gemmate_lib.config import GemmateError
-from gemmate_lib.temporal.encoding import MINUTE, TAU
+from gemmate_lib.temporal.encoding import MINUTE, TAU, require_int64
 from gemmate_lib.temporal.features import KINDS, parts
 
 # In place of a timestamp that is not known. No calendar reaches so far back.
@@ -59,9 +58,7 @@ class TemporalEncoder(nn.Module):
         utc_offsets: int64 [B], minutes to add for the local time; None: UTC.
         Raises: GemmateError for another type, or a year beyond -9999 to 9999.
         """
-        if timestamps.dtype != torch.int64:
-            kind = timestamps.dtype
-            raise GemmateError(f"timestamps are {kind}. Pass milliseconds as torch.int64.")
+        require_int64(timestamps)
         if timestamps.ndim == 1:
             timestamps = timestamps[:, None]
         if utc_offsets is not None:

@@ -33,14 +33,22 @@ def to_timestamp(moment: datetime.datetime) -> int:
 REFERENCE_MS = to_timestamp(REFERENCE)
 
 
-def elapsed_ms(timestamps: torch.Tensor) -> torch.Tensor:
-    """Return the milliseconds since the reference, int64 [B]; 1 up to and at the reference.
+def require_int64(timestamps: torch.Tensor) -> None:
+    """Raise GemmateError for another type than int64.
 
-    Raises: GemmateError for another type than int64: float32 has only 24 bits for the number, so
-    it rounds a timestamp of our days to a multiple of 131 seconds before anything is computed.
+    float32 has only 24 bits for the number: it rounds a timestamp of our days to a multiple of
+    131 seconds before anything is computed.
     """
     if timestamps.dtype != torch.int64:
         raise GemmateError(f"timestamps are {timestamps.dtype}. Pass milliseconds as torch.int64.")
+
+
+def elapsed_ms(timestamps: torch.Tensor) -> torch.Tensor:
+    """Return the milliseconds since the reference, int64 [B]; 1 up to and at the reference.
+
+    Raises: GemmateError for another type than int64.
+    """
+    require_int64(timestamps)
     # Clamped before the subtraction, which could overflow; both are exact in int64.
     return timestamps.clamp(min=REFERENCE_MS + 1) - REFERENCE_MS
 

@@ -12,7 +12,15 @@ from collections.abc import Callable
 import torch
 
 from gemmate_lib.config import GemmateError
-from gemmate_lib.temporal.encoding import DAY, HOUR, MINUTE, REFERENCE_MS, TAU, log_encoding
+from gemmate_lib.temporal.encoding import (
+    DAY,
+    HOUR,
+    MINUTE,
+    REFERENCE_MS,
+    TAU,
+    log_encoding,
+    require_int64,
+)
 
 # -9999-01-01 and 9999-12-31 23:59:59.999 in the proleptic Gregorian calendar.
 EARLIEST, LATEST = -377_705_116_800_000, 253_402_300_799_999
@@ -38,8 +46,7 @@ PERIODS = (
 
 
 def _check(timestamps: torch.Tensor) -> None:
-    if timestamps.dtype != torch.int64:
-        raise GemmateError(f"timestamps are {timestamps.dtype}. Pass milliseconds as torch.int64.")
+    require_int64(timestamps)
     outside = (timestamps < EARLIEST) | (timestamps > LATEST)
     if bool(outside.any()):
         first = int(timestamps[outside][0])
