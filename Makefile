@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 # One worker a core, each with one thread; a file stays with its worker.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-NBVAL := GEMMATE_PROFILE=tiny $(BIN)/python tests/offline.py $(PYTEST) --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout=300 -W ignore
+CORE := $(wildcard notebooks/0[0-6]_*.ipynb)
+ELECTIVES := $(filter-out $(CORE),$(wildcard notebooks/[0-9][0-9]_*.ipynb))
+NBVAL := GEMMATE_PROFILE=tiny $(BIN)/python tests/offline.py $(PYTEST) --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout=1200 -W ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help course test test-slow lint types notebooks stamp machines lab bench lock outputs readme clean
+.PHONY: help course test test-slow release lint types notebooks stamp machines faults lab bench lock outputs readme clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -28,10 +30,13 @@ test: lint types unit course-notebooks ## Everything that must hold before a com
 unit: $(VENV)/.made
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: $(VENV)/.made ## What takes longer: solutions, another machine, no network, wheel, rebuild, true shape
-	$(NBVAL) notebooks/solutions
+test-slow: $(VENV)/.made ## What takes longer: electives, solutions, another machine, no network, wheel, rebuild, true shape
+	$(NBVAL) $(ELECTIVES) notebooks/solutions
 	sh tests/notebooks/machines.sh "avx2 2"
-	$(PYTEST) -m "slow and not gpu"
+	$(PYTEST) -m "slow and not gpu and not release" --durations=12
+
+release: $(VENV)/.made ## What only a release needs: the second embedded model rebuilt, intervals with all resamples
+	$(PYTEST) -m "release and not gpu"
 
 lint: $(VENV)/.made ## Style, floors, notebooks fit to be read, spelling, secrets
 	$(BIN)/ruff check .
@@ -49,7 +54,7 @@ notebooks: $(VENV)/.made ## Re-run every notebook and compare with its stored ou
 
 .PHONY: course-notebooks
 course-notebooks: $(VENV)/.made
-	$(NBVAL) notebooks/*.ipynb
+	$(NBVAL) $(CORE)
 
 outputs: $(VENV)/.made ## Run every notebook in place and store its outputs
 	GEMMATE_PROFILE=tiny $(BIN)/jupyter nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb notebooks/solutions/*.ipynb
@@ -64,11 +69,17 @@ TIMES ?= 1
 machines: $(VENV)/.made ## Compare the notebooks as other machines compute: capability and threads, TIMES=10 for flakes
 	for i in $$(seq $(TIMES)); do sh tests/notebooks/machines.sh "own 1" "own 2" "avx2 1" "avx2 2" || exit 1; done
 
+faults: $(VENV)/.made ## Inject every fault, fifty kills among them, and print the table
+	mkdir -p build
+	$(PYTEST) tests/faults -m "not gpu" --junitxml=build/faults.xml
+	$(BIN)/python tests/faults/table.py build/faults.xml README.md
+
 lab: $(VENV)/.made ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-bench: $(VENV)/.made ## Measure what fits this machine
+bench: $(VENV)/.made ## Measure what fits this machine: an hour and a half
 	$(BIN)/python benchmarks/true_shape.py
+	$(BIN)/python benchmarks/temporal.py --out benchmarks/temporal.json
 
 lock: ## Resolve the lock again, for Python 3.11 to 3.13
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-annotate --no-header --no-emit-index-url pyproject.toml -o constraints.txt

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.config import GemmateError, LoraSettings
+from gemmate_lib.trust import refuse_pickled_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -17,7 +18,13 @@ if TYPE_CHECKING:
 RECORD = "gemmate_base.json"  # travels with an adapter or a 4-bit copy: which base it belongs to
 GEMMA_STYLE = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 PROJECTIONS = GEMMA_STYLE | {"c_attn", "c_fc", "c_proj"}  # the latter: GPT-2
-Base = dict[str, str | None]  # id, revision, weights_sha256
+ENCODER = "temporal"  # GemmaTE's module, trained in full and saved with the adapter
+Base = dict[str, Any]  # id, revision, weights_sha256; temporal_kind, temporal_tau if it has them
+
+
+def encoder_of(model: Any) -> Any:
+    """The encoder of time in a model, adapted or not; None in a plain one."""
+    return getattr(model, ENCODER, None)
 
 
 def target_modules(model: Any, *, every: bool = False) -> list[str]:
@@ -62,6 +69,17 @@ def attach_lora(model: Any, settings: LoraSettings, *, seed: int) -> "PeftModel"
     return adapted
 
 
+def train_all(model: Any) -> Any:
+    """Make every weight trainable, in fp32: bf16 would round most of its small steps away.
+
+    Raises: GemmateError for a quantized model, whose weights take no gradient.
+    """
+    if getattr(model, "is_quantized", False):
+        remedy = "Set model.quantization=none, or method=lora."
+        raise GemmateError(f"The weights of a quantized base cannot be trained. {remedy}")
+    return model.float().requires_grad_(True)
+
+
 def _lora_config(model: Any, settings: LoraSettings) -> "LoraConfig":
     from peft import LoraConfig
 
@@ -77,6 +95,7 @@ def _lora_config(model: Any, settings: LoraSettings) -> "LoraConfig":
         lora_dropout=settings.dropout,
         bias=settings.bias,
         target_modules=list(wanted),
+        modules_to_save=[ENCODER] if encoder_of(model) is not None else None,
         fan_in_fan_out=_transposed(model),
         task_type="CAUSAL_LM",
     )
@@ -135,11 +154,20 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_adapter_config(directory: str | Path) -> "PeftConfig":
-    """The settings an adapter was saved with. Raises: GemmateError where there are none."""
+    """The settings a LoRA adapter was saved with.
+
+    Raises: GemmateError where there are none, or those of another kind of adapter: some of them
+        name further files to read, tokenizers and other adapters, wherever they lie.
+    """
     from peft import PeftConfig
 
-    if not (Path(directory) / "adapter_config.json").is_file():
-        raise GemmateError(f"{directory} holds no adapter_config.json. Name an adapter's folder.")
+    try:
+        kind = json.loads((Path(directory) / "adapter_config.json").read_text("utf-8"))["peft_type"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        said = f"{directory} holds no adapter_config.json that can be read"
+        raise GemmateError(f"{said}. Name an adapter's folder.") from error
+    if kind != "LORA":
+        raise GemmateError(f"{directory} holds a {kind} adapter. Only LoRA adapters are loaded.")
     return PeftConfig.from_pretrained(str(directory))
 
 
@@ -154,22 +182,53 @@ def load_adapter(
 ) -> "PeftModel":
     """Put a saved adapter on its base.
 
-    Raises: GemmateError where it belongs to another base, unless `force`.
+    Raises: GemmateError where it belongs to another base, unless `force`, or where its weights
+        are no safetensors.
     """
     from peft import PeftModel
+    from safetensors import SafetensorError
 
     config = read_adapter_config(directory)
+    refuse_pickled_adapter(directory)
+    _refuse_other_time(base, directory, config)
     if not force:
         _refuse_other_base(base, directory, str(config.base_model_name_or_path))
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = _transposed(base.model)  # 4-bit layers and Conv1D differ in it
-    with known_peft_warnings():
-        model = PeftModel.from_pretrained(
-            base.model, str(directory), config=config, is_trainable=trainable
-        )
+    try:
+        with known_peft_warnings():
+            model = PeftModel.from_pretrained(
+                base.model, str(directory), config=config, is_trainable=trainable
+            )
+    except (SafetensorError, ValueError) as error:
+        why = str(error).splitlines()[0].rstrip(".")
+        raise GemmateError(f"Cannot load {directory}: {why}. Train it again.") from error
     if isinstance(getattr(config, "target_modules", None), set):
         config.target_modules = sorted(config.target_modules)
     return model
+
+
+def temporal_settings(directory: str | Path) -> dict[str, Any]:
+    """The temporal_kind and temporal_tau an adapter was trained with; empty for a plain one."""
+    record = Path(directory) / RECORD
+    base = json.loads(record.read_text("utf-8")) if record.is_file() else {}
+    return {key: base[key] for key in ("temporal_kind", "temporal_tau") if key in base}
+
+
+def _refuse_other_time(base: "LoadedModel", directory: str | Path, config: Any) -> None:
+    """An encoder that the base lacks, or of another kind, would be dropped, or read as its own."""
+    has = ENCODER in (getattr(config, "modules_to_save", None) or ())
+    time, own = temporal_settings(directory), encoder_of(base.model)
+    ours = f"has the temporal encoder {own.kind}, tau {own.tau}" if own else "has none"
+    same = not time or (own and [own.kind, own.tau] == list(time.values()))
+    if has == (own is not None) and same:
+        return
+    theirs = " with {temporal_kind}, tau {temporal_tau}".format_map(time) if time else ""
+    kind = f"a temporal encoder{theirs}" if has else "no temporal encoder"
+    wanted = time.get("temporal_kind") if has else "null"
+    remedy = f"Load the base with model.temporal_kind={wanted or 'KIND'}."
+    raise GemmateError(f"the adapter in {directory} was trained with {kind}; this base {ours}. "
+                       f"{remedy}")  # fmt: skip
 
 
 def _refuse_other_base(loaded: "LoadedModel", directory: str | Path, named: str) -> None:

@@ -20,6 +20,8 @@ class Source(BaseModel, extra="forbid", frozen=True):
     """Where the rows come from: the Hub, a generator of this library, or a file by the card."""
 
     hub_id: str | None = None
+    config: str | None = None  # one of the Hub data set's configurations
+    names: dict[str, str] = {}  # our name of a split -> theirs
     revision: str | None = Field(None, pattern=r"^[0-9a-f]{40}$")
     generator: str | None = Field(None, pattern=r"^gemmate_lib(\.\w+)+:\w+$")  # no foreign code
     seed: int | None = None
@@ -43,7 +45,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
     language: list[str]
     task_categories: list[str] = []
     source: Source
-    format: str  # a form of gemmate_lib.rows
+    format: str  # a form of gemmate_lib.forms
     splits: dict[str, int]  # rows in each
     features: dict[str, str]  # name -> string, int, float, object, list[string] …
     sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")  # of the train split; None: unchecked

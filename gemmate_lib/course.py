@@ -21,11 +21,11 @@ from gemmate_lib.config import PROFILES, GemmateError, among, choose_profile
 from gemmate_lib.headless import (
     NotebookResult,
     finished_before,
-    inside,
     run_notebook,
     write_record,
 )
 from gemmate_lib.report import write_report
+from gemmate_lib.trust import inside
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -88,10 +88,10 @@ class CourseResult:
         table = Table("notebook", *varied, "cells", "seconds", "main metric", "ok")
         for result in self.notebooks:
             point = (str(result.point.get(name, "")) for name in varied)
-            row = (result.notebook, *point, f"{result.executed}/{result.cells}")
-            state = Text(result.state, _COLOURS[result.state])
-            # Text, for the brackets in an error are no markup.
-            table.add_row(*row, f"{result.seconds:.0f}", Text(result.remark), state)
+            cells = f"{result.executed}/{result.cells}"
+            row = (result.notebook, *point, cells, f"{result.seconds:.0f}", result.remark)
+            # Text, for the brackets in an error or in a parameter are no markup.
+            table.add_row(*map(Text, row), Text(result.state, _COLOURS[result.state]))
         return table
 
 
@@ -140,7 +140,7 @@ def newest_order(out: Path | None) -> tuple[Order, Path]:
     folder = folders[0] if out else folders[0].parent if folders else home
     try:
         return Order(**json.loads((folder / "order.json").read_text("utf-8"))), folder
-    except OSError:
+    except (OSError, ValueError, TypeError):
         raise GemmateError(f"{folder} holds no run of the course to resume.") from None
 
 
@@ -233,7 +233,8 @@ def run_course(
     jobs, console = plan(order.only, order.parameters, order.grid), Console()
     folder = make_folder(out)
     with alone(folder):
-        (folder / "order.json").write_text(json.dumps(asdict(order), indent=2) + "\n", "utf-8")
+        text = json.dumps(asdict(order), indent=2) + "\n"
+        inside(folder, "order.json").write_text(text, "utf-8")
         results = _run_all(jobs, order, folder, resume=resume, console=console)
         course = CourseResult(folder, results, write_report(folder))
     console.print(course.table())

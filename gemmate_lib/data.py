@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemmate_lib.cards import Card, card_checksum, card_paths, read_card, verify
+from gemmate_lib import timestamps
+from gemmate_lib.cards import Card, Source, card_checksum, card_paths, read_card, verify
 from gemmate_lib.config import DatasetConfig, GemmateError, among
 from gemmate_lib.formats import (
     SPLITS,
@@ -16,8 +17,9 @@ from gemmate_lib.formats import (
     rename_columns,
     usual_columns,
 )
-from gemmate_lib.rows import OPTIONAL, Encoded, Form, Row, encode, find_form, render
-from gemmate_lib.splitting import carve, find_duplicates, prompt_keys
+from gemmate_lib.forms import OPTIONAL, Form, find_form, render
+from gemmate_lib.rows import Encoded, Row, encode
+from gemmate_lib.splitting import carve, find_duplicates, normalise, prompt_keys
 
 __all__ = ["DataReport", "Encoded", "Form", "Row", "Splits", "encode", "load_dataset_splits"]
 
@@ -31,6 +33,7 @@ _COUNTS = {
     "near_duplicates": "nearly repeats a row",
     "across_splits": "stands in another split as well",
     "beyond_limit": "beyond the limit",
+    "conflicts": "has a text that stands there with another label",
     "extra_keys": "an extra key",
 }
 
@@ -53,6 +56,7 @@ class DataReport:
     near_duplicates: int = 0
     across_splits: int = 0
     beyond_limit: int = 0
+    conflicts: int = 0
     extra_keys: int = 0
     empty_optional: dict[str, int] = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
@@ -68,7 +72,7 @@ class DataReport:
         """Return the report for people; row numbers count from 0."""
         shares = ", ".join(f"{split} {count}" for split, count in self.splits.items())
         lines = [f"{self.source} ({self.form}): {self.read} rows read, {self.kept} kept: {shares}"]
-        actions = {"extra_keys": "noted", "over_long": self.over_long_action}
+        actions = {"extra_keys": "noted", "conflicts": "noted", "over_long": self.over_long_action}
         for what, why in _COUNTS.items():
             if number := getattr(self, what):
                 rows = ", ".join(map(str, self.examples[what])) + ", …" * (number > 5)
@@ -94,11 +98,16 @@ class Splits:
     form: Form
 
     def checksums(self) -> dict[str, str]:
-        """Return the sha256 of each split: its prompts and completions, in order."""
+        """Return the sha256 of each split: its prompts, completions and times, in order."""
         return {
-            split: card_checksum([{"prompt": r.prompt, "completion": r.completion} for r in rows])
+            split: card_checksum(map(_content, rows))
             for split, rows in zip(SPLITS, (self.train, self.validation, self.test), strict=True)
         }
+
+
+def _content(row: Row) -> dict[str, Any]:
+    times = {"times": row.times} if row.times else {}
+    return {"prompt": row.prompt, "completion": row.completion} | times
 
 
 def load_dataset_splits(config: DatasetConfig, *, tokenizer: Any = None) -> Splits:
@@ -114,6 +123,8 @@ def load_dataset_splits(config: DatasetConfig, *, tokenizer: Any = None) -> Spli
     columns = usual_columns(tables)
     form, required = find_form(columns, mapped=config.columns, template=config.template)
     used = {*required, *OPTIONAL.get(form, ())}
+    if config.timestamp and (form != "messages" or config.timestamp in columns):
+        used.add(among(config.timestamp, columns, "column"))  # turns may have it instead
     action = "cut" if config.over_long == "cut" else "dropped"
     report = DataReport(config.train or config.id, form, action, tokenizer is not None)
     report.unused_columns = sorted(columns - used)
@@ -123,6 +134,8 @@ def load_dataset_splits(config: DatasetConfig, *, tokenizer: Any = None) -> Spli
             if record.keys() - columns - used:
                 report.count("extra_keys", number)
         parts[split] = _rows(table, config, tokenizer=tokenizer, report=report)
+    times = [t for rows in parts.values() for row in rows for _, t in row.times or ()]
+    timestamps.warn_of_seconds(times, where=report.source)
     _drop_copies(parts, config.near_duplicate, report)
     parts = _split(parts, config, report)
     report.splits = {split: len(parts[split]) for split in SPLITS}
@@ -158,19 +171,22 @@ def _through_card(card: Card, revision: str | None) -> Tables:
             rows = getattr(importlib.import_module(module), name)(source.seed)
             tables[split] = [dict(row) for row in rows]
         else:
-            tables[split] = _from_hub(source.hub_id, revision or source.revision, split)
+            tables[split] = _from_hub(source, revision or source.revision, split)
         verify(card, tables[split], split=split)
     return tables
 
 
-def _from_hub(hub_id: str | None, revision: str | None, split: str) -> list[dict[str, Any]]:
+def _from_hub(source: Source, revision: str | None, split: str) -> list[dict[str, Any]]:
     from datasets import load_dataset
 
+    named = [name for name in (source.hub_id, source.config) if name]
+    theirs = source.names.get(split, split)
     try:
-        return load_dataset(hub_id, revision=revision, split=split).to_list()
+        return load_dataset(*named, revision=revision, split=theirs).to_list()
     except (OSError, ValueError) as error:  # unreachable, unknown or gated; no such split
-        problem = f"{hub_id} cannot be loaded from the Hub ({error})"
-        raise GemmateError(f"{problem}. Check the network, or use tiny_quotes.") from error
+        problem = f"{source.hub_id} cannot be loaded from the Hub ({error})"
+        remedy = "Check the network, or use an embedded twin: tiny_quotes."
+        raise GemmateError(f"{problem}. {remedy}") from error
 
 
 def _rows(
@@ -178,7 +194,10 @@ def _rows(
 ) -> list[Row]:
     rows: list[Row] = []
     report.read += len(table)
-    shape = {"template": config.template, "tokenizer": tokenizer}
+    shape = {
+        "template": config.template, "tokenizer": tokenizer, "timestamp": config.timestamp,
+        "labels": config.labels,
+    }  # fmt: skip
     for number, record in enumerate(table):
         row = render(record, report.form, **shape, source_row=number)
         if isinstance(row, str):
@@ -202,7 +221,10 @@ def _drop_copies(parts: Parts, threshold: float, report: DataReport) -> None:
     order = [(s, row) for s in ("test", "validation", "train") for row in parts.get(s, [])]
     quotes = report.form == "quotes"  # one quote, whoever it is ascribed to
     texts = [r.fields["quote"] if quotes else f"{r.prompt}\n{r.completion}" for _, r in order]
-    prompts = prompt_keys([row.prompt for _, row in order])
+    for i, (_, row) in enumerate(order):
+        if row.times:  # the same text at another time is another text; before 1970 no less
+            texts[i] += f"\n{row.times}".replace("-", "before ")
+    prompts = _keys([row for _, row in order])
     copies = find_duplicates(texts, threshold=threshold)
     home: dict[str, str] = {}  # prompt -> its split
     parts.update({split: [] for split in parts})
@@ -216,6 +238,16 @@ def _drop_copies(parts: Parts, threshold: float, report: DataReport) -> None:
             report.count("across_splits", row.source_row)
         else:
             parts[split].append(row)
+    if report.form == "classification":
+        _note_conflicts(parts["train"], report)
+
+
+def _note_conflicts(rows: list[Row], report: DataReport) -> None:
+    """Count the rows whose text stands there with another label: nothing can learn both."""
+    first: dict[str, str] = {}
+    for row in rows:
+        if first.setdefault(normalise(row.prompt), row.completion) != row.completion:
+            report.count("conflicts", row.source_row)
 
 
 def _split(parts: Parts, config: DatasetConfig, report: DataReport) -> Parts:
@@ -227,4 +259,9 @@ def _split(parts: Parts, config: DatasetConfig, report: DataReport) -> Parts:
     shares = {"test": config.test_fraction, "validation": config.validation_fraction}
     missing = {split: share for split, share in shares.items() if split not in parts}
     rows = parts["train"]
-    return parts | carve(rows, prompt_keys([row.prompt for row in rows]), missing)
+    return parts | carve(rows, _keys(rows), missing)
+
+
+def _keys(rows: list[Row]) -> list[str]:
+    """What holds rows together in one split: their prompt, or the paragraph they ask about."""
+    return prompt_keys([row.fields.get("context", row.prompt) for row in rows])

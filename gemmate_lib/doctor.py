@@ -57,13 +57,13 @@ def gated_model(model: str = "google/gemma-2b") -> str:
 
 def weights_gib(profile: str) -> float:
     """Return the GiB that the weights of a profile's base take once loaded."""
-    from transformers import AutoConfig, GemmaConfig
+    from transformers import GemmaConfig
 
-    from gemmate_lib.models import model_path, predict_bytes
+    from gemmate_lib.models import base_settings, model_path, predict_bytes
 
     model = PROFILES[profile]()["model"]
     embedded = Path(model_path(model["id"]))
-    config = AutoConfig.from_pretrained(embedded) if embedded.is_dir() else GemmaConfig(**GEMMA_2B)
+    config = base_settings(model["id"]) if embedded.is_dir() else GemmaConfig(**GEMMA_2B)
     return predict_bytes(config, model["quantization"], dtype=model["compute_dtype"]) / 2**30
 
 

@@ -1,62 +1,48 @@
 """Evaluate a model on the test split, and compare two models on the same rows."""
 
 import contextlib
-import hashlib
-import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from gemmate_lib import metrics as m
-from gemmate_lib.config import GemmateError
+from gemmate_lib import squad
+from gemmate_lib.classification import classify
+from gemmate_lib.config import GemmateError, among
 from gemmate_lib.data import Row, Splits, encode
+from gemmate_lib.evaluation import (
+    HIGHER_IS_BETTER,
+    METRICS,
+    Evaluation,
+    changed_most,
+    compare_models,
+    register_metric,
+    write_evaluation,
+)
+from gemmate_lib.floors import baselines, is_standard, quote_floors, twin_floors
 from gemmate_lib.generate import generate_texts
-from gemmate_lib.predictions import predict_answers, predict_quotes
-from gemmate_lib.rows import QUOTE_TEMPLATE
+from gemmate_lib.models import load_base
+from gemmate_lib.predictions import (
+    Asker,
+    predict_answers,
+    predict_labels,
+    predict_quotes,
+    predict_spans,
+)
+from gemmate_lib.settings import digest
 from gemmate_lib.sft import Run, load_splits, open_run
-from gemmate_lib.stats import Comparison, Interval, bootstrap, paired_bootstrap, wilson
+from gemmate_lib.stats import Interval, bootstrap, wilson
+from gemmate_lib.texts import chrf, rouge
 
+__all__ = [
+    "Evaluation", "changed_most", "compare_models", "evaluate_model", "evaluate_run",
+    "evaluate_texts", "general_texts", "register_metric", "write_evaluation",
+]  # fmt: skip
 GENERAL_SEED, GENERAL_TEXTS = 40_406, 64  # pre-training drew its documents from seed 2006
-# Counted in each generated text, and whether more is better; losses are better lower.
-COUNTED = {"well_formed": True, "stopped": True, "well_formed_and_stopped": True}
-COUNTED |= {"author_accuracy": True, "exact_match": True, "distinct_2": True}
-COUNTED |= {"html": False, "repetition": False, "memorised": False}
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """What was measured, and a number for each row to pair with another model's.
-
-    floors: what the best possible model reaches on these very rows, where that is known; for
-        `memorised`, what the true quotes of these rows share with the training ones by chance.
-    per_row: `*_nll` is the mean -log p of a row's tokens, in nats; of yes and no, 1 and 0.
-    predictions: one record for each generated text.
-    rows: sha256 of the tokens and limits it was evaluated with; equal means comparable.
-    """
-
-    metrics: dict[str, Interval]
-    floors: dict[str, float]
-    per_row: dict[str, list[float]]
-    predictions: list[dict[str, Any]]
-    rows: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return all but the predictions, ready for JSON: an infinite bound is None."""
-        result = {k: v for k, v in asdict(self).items() if k != "predictions"}
-        for interval in result["metrics"].values():
-            interval |= {k: None for k, v in interval.items() if not math.isfinite(v)}
-        return result
-
-    def lines(self) -> list[str]:
-        """Return one line for each metric, for people."""
-        words = dict.fromkeys(self.floors, "at best") | {"memorised": "unseen quotes"}
-        best = {name: f"  ({words[name]} {value:.3g})" for name, value in self.floors.items()}
-        return [f"{name:<24}{x}{best.get(name, '')}" for name, x in self.metrics.items()]
 
 
 def evaluate_model(
@@ -70,13 +56,13 @@ def evaluate_model(
     limit: int | None = None,
     seed: int = 0,
 ) -> Evaluation:
-    """Measure a model on the test split; the model is left as it was.
+    """Measure a model on the test split, by what its rows ask; the model is left as it was.
 
     Losses are taken on all test rows, and on general texts to show what was forgotten; texts are
     generated greedily for the first `limit` rows. The seed is the bootstrap's.
     Raises: GemmateError where no test row fits `max_length`, or a loss is not finite.
     """
-    quotes = splits.form == "quotes" and all(map(_is_standard, splits.test))
+    quotes = splits.form == "quotes" and all(map(is_standard, splits.test))
     cut = partial(encode, tokenizer=tokenizer, max_length=max_length, over_long="cut")
     test = [(row, ids) for row in splits.test if (ids := cut(row)) and not (quotes and ids.cut)]
     if not test:  # a quote that is cut has lost its author
@@ -87,22 +73,68 @@ def evaluate_model(
     losses = m.position_losses(model, tokenizer, encoded, batch_size=batch_size)
     own, rest = losses[: len(rows)], {"general": m.row_sums(losses[len(rows) :])}
     sums = m.segment_losses(rows, own, tokenizer) if quotes else {"completion": m.row_sums(own)}
-    write = partial(generate_texts, model, tokenizer, batch_size=batch_size)
-    ask = partial(predict_quotes, train=splits.train) if quotes else predict_answers
-    found = ask(chosen, tokenizer, write, length=max_new_tokens)
-    asked = json.dumps([[ids.input_ids for ids in encoded], len(chosen), max_new_tokens])
-    result = Evaluation({}, {}, {}, found, hashlib.sha256(asked.encode()).hexdigest())
+    asker = _asker(model, tokenizer, batch_size, max_length, max_new_tokens)
+    found = _ask(splits, chosen, asker, quotes=quotes)
+    asked = digest([[ids.input_ids for ids in encoded], len(chosen), max_new_tokens])
+    result = Evaluation({}, {}, {}, found, asked)
     _add_losses(result, sums | rest, seed=seed)
     if found:
         _add_counts(result, seed=seed)
+        _add_scores(result, splits, chosen, seed=seed)
     if quotes:
-        result.floors.update(_floors(rows, chosen, sums))
+        result.floors.update(quote_floors(rows, chosen, sums))
     return result
 
 
-def _is_standard(row: Row) -> bool:
-    """Other templates have no author's line to ask for: their rows are evaluated as plain texts."""
-    return row.completion == QUOTE_TEMPLATE.format_map(row.fields)
+def _asker(
+    model: Any, tokenizer: Any, batch_size: int, max_length: int, max_new_tokens: int
+) -> Asker:
+    def score(rows: list[Row]) -> np.ndarray:
+        cut = partial(encode, tokenizer=tokenizer, max_length=max_length, over_long="cut")
+        encoded = [ids for row in rows if (ids := cut(row))]
+        return -m.token_losses(model, tokenizer, encoded, batch_size=batch_size)[0]
+
+    write = partial(generate_texts, model, tokenizer, batch_size=batch_size)
+    return Asker(write, score, tokenizer, max_length, max_new_tokens)
+
+
+def _ask(splits: Splits, rows: list[Row], asker: Asker, *, quotes: bool) -> list[dict[str, Any]]:
+    if quotes:
+        return predict_quotes(rows, asker, train=splits.train)
+    if splits.form == "classification":
+        return predict_labels(rows, asker, labels=_labels(splits))
+    if splits.form == "reading":
+        return predict_spans(rows, asker)
+    return predict_answers(rows, asker)
+
+
+def _labels(splits: Splits) -> list[str]:
+    return sorted({row.fields["label"] for row in (*splits.train, *splits.test)})
+
+
+def _add_scores(result: Evaluation, splits: Splits, rows: list[Row], *, seed: int) -> None:
+    """Add what is computed over all answers at once, and what could be had without a model."""
+    records = result.predictions
+    if splits.form == "classification":
+        labels = _labels(splits)
+        predicted, expected = ([r[key] for r in records] for key in ("predicted", "expected"))
+        shares = np.array([[r["probabilities"][label] for label in labels] for r in records])
+        scores = classify(predicted, expected, labels, probabilities=shares, seed=seed)
+        result.metrics.update(scores.metrics())
+        for name, guesses in baselines(splits.train, rows).items():
+            right = sum(guess == label for guess, label in zip(guesses, expected, strict=True))
+            result.metrics[f"{name}_accuracy"] = wilson(right, len(rows))
+    elif splits.form == "reading":
+        answers, golds, nulls = (
+            {str(i): record[key] for i, record in enumerate(records)}
+            for key in ("answer", "golds", "no_answer")
+        )
+        result.metrics.update(squad.score(answers, golds, no_answer=nulls).metrics(seed))
+    elif "expected" in records[0]:
+        pairs = [[record[key] for record in records] for key in ("completion", "expected")]
+        for name, score in (rouge(*pairs, seed=seed) | {"chrf": chrf(*pairs, seed=seed)}).items():
+            result.metrics[name], result.per_row[name] = score.interval, score.per_row
+    result.floors.update(twin_floors(splits.report.source, rows))
 
 
 def general_texts() -> list[str]:
@@ -132,13 +164,10 @@ def _ratio(above: np.ndarray, below: np.ndarray, *, seed: int) -> Interval:
 
 
 def _add_counts(result: Evaluation, *, seed: int) -> None:
-    """Summarise the predictions: yes and no as a share, numbers as a mean."""
+    """Summarise what was counted in each prediction."""
     records = result.predictions
-    for name in [key for key in (*COUNTED, "length") if key in records[0]]:
-        column = [record[name] for record in records]
-        share = isinstance(column[0], bool)
-        found = wilson(sum(column), len(column)) if share else bootstrap(column, seed=seed)
-        result.metrics[name], result.per_row[name] = found, [float(value) for value in column]
+    for name in [key for key in (*HIGHER_IS_BETTER, "length") if key in records[0]]:
+        _add_column(result, name, [record[name] for record in records], seed=seed)
     points, bigrams = m.distinct_points([record["completion"] for record in records], 2)
     result.metrics["distinct_2"] = _ratio(points, bigrams, seed=seed)
     result.per_row["distinct_2"] = (points / np.maximum(bigrams, 1)).tolist()
@@ -146,58 +175,45 @@ def _add_counts(result: Evaluation, *, seed: int) -> None:
         result.floors["memorised"] = float(np.mean([r["shared_by_truth"] for r in records]))
 
 
-def _floors(rows: list[Row], chosen: list[Row], losses: dict[str, m.Sums]) -> dict[str, float]:
-    """Return what the grammar behind `tiny_quotes` would reach; nothing for other quotes.
+def _add_column(result: Evaluation, name: str, column: Sequence[float], *, seed: int) -> None:
+    """Summarise a number for each row: yes and no as a share, others as a mean."""
+    if len(column) != len(result.predictions):
+        problem = f"{name} gave {len(column)} numbers for {len(result.predictions)} texts"
+        raise GemmateError(f"{problem}. Return one for each.")
+    share = all(isinstance(value, bool) for value in column)
+    found = wilson(int(sum(column)), len(column)) if share else bootstrap(column, seed=seed)
+    result.metrics[name], result.per_row[name] = found, [float(value) for value in column]
 
-    A row that it could not have written, one in capitals say, counts as free: floors stay floors.
+
+def evaluate_texts(
+    generate: Callable[[list[str]], Sequence[str]],
+    prompts: Sequence[str],
+    references: Sequence[str],
+    *,
+    metrics: Sequence[str] = ("rougeL",),
+    seed: int = 0,
+) -> Evaluation:
+    """Measure whatever turns prompts into texts: a remote model, another library, a rule.
+
+    metrics: names in METRICS, one's own among them; see `register_metric`.
+    Raises: GemmateError for an unknown metric, other numbers of texts, or one that is no text.
     """
-    from gemmate_lib.tiny.sayings import posterior, surprisal
-
-    best, foreign = [], 0
-    for row in rows:
-        try:
-            chance = posterior(row.fields["quote"])
-            author = -math.log(chance[row.fields["author"]])
-            best.append((surprisal(row.fields["quote"]), author, max(chance.values())))
-        except (ValueError, KeyError, ZeroDivisionError):  # no saying, or author, of the grammar
-            best.append((0.0, 0.0, 1.0))
-            foreign += 1
-    if foreign > 0.1 * len(rows):
-        return {}
-    quote, author, _ = np.sum(best, axis=0)
-    return {
-        "quote_perplexity": math.exp(quote / losses["quote"][1].sum()),
-        "author_perplexity": math.exp(author / losses["author"][1].sum()),
-        "author_accuracy": float(np.mean(best[: len(chosen) or None], axis=0)[2]),
-    }
-
-
-def compare_models(
-    before: Evaluation, after: Evaluation, *, seed: int = 0
-) -> dict[str, Comparison]:
-    """Compare two evaluations row by row: losses in place of perplexities, and no lengths.
-
-    Raises: GemmateError where they are not of the same rows, tokens and limits.
-    """
-    if before.rows != after.rows:
-        raise GemmateError("The rows, tokens or limits differ. Evaluate both models alike.")
-    pairs = {name: (values, after.per_row[name]) for name, values in before.per_row.items()}
-    return {
-        name: paired_bootstrap(*pair, seed=seed, higher_is_better=COUNTED.get(name, False))
-        for name, pair in pairs.items()
-        if name != "length"
-    }
-
-
-def write_evaluation(evaluation: Evaluation, directory: str | Path) -> None:
-    """Write metrics.json and predictions.jsonl: the same evaluation gives the same bytes."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    dump = partial(json.dumps, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    lines = [f"{dump(record)}\n" for record in evaluation.predictions]
-    text = dump(evaluation.as_dict(), indent=1)
-    (directory / "metrics.json").write_text(f"{text}\n", "utf-8", newline="\n")
-    (directory / "predictions.jsonl").write_text("".join(lines), "utf-8", newline="\n")
+    prompts, references = list(prompts), list(references)
+    texts = list(generate(prompts))
+    if not len(texts) == len(prompts) == len(references) or not prompts:
+        counts = f"{len(prompts)} prompts, {len(references)} references, {len(texts)} texts"
+        raise GemmateError(f"There are {counts}. Give one of each, for one prompt at least.")
+    if odd := [i for i, text in enumerate(texts) if not isinstance(text, str)]:
+        raise GemmateError(f"The text for prompt {odd[0]} is none. Return a str for each prompt.")
+    records = [
+        {"source_row": i, "prompt": prompt, "completion": text, "expected": reference}
+        for i, (prompt, text, reference) in enumerate(zip(prompts, texts, references, strict=True))
+    ]
+    result = Evaluation({}, {}, {}, records, digest([prompts, references]))
+    for name in metrics:
+        scores = METRICS[among(name, METRICS, "metric")](texts, references)
+        _add_column(result, name, scores, seed=seed)
+    return result
 
 
 def evaluate_run(
@@ -208,9 +224,10 @@ def evaluate_run(
     With `save`, metrics.json and predictions.jsonl are written into the run's folder.
     """
     experiment = run.experiment
-    loaded = open_run(run)
-    context = loaded.model.disable_adapter() if base_only else contextlib.nullcontext()
-    with context:
+    full = experiment.method == "full"
+    loaded = load_base(experiment.model) if base_only and full else open_run(run)
+    base_of = loaded.model.disable_adapter if base_only and not full else contextlib.nullcontext
+    with base_of():
         found = evaluate_model(
             loaded.model,
             loaded.tokenizer,

@@ -4,11 +4,12 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from gemmate_lib.config import GemmateError, among
+from gemmate_lib.squad import read_squad
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".tsv")
 ALIASES = {"prompt": "input_text", "completion": "output_text"}
@@ -18,6 +19,12 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test",),
 }
+
+
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write records as JSON Lines."""
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    path.write_text("".join(lines), "utf-8")
 
 
 def find_splits(folder: Path) -> dict[str, Path]:
@@ -48,6 +55,8 @@ def read_table(path: Path) -> list[dict[str, Any]]:
     text = _read_text(path)
     if suffix == ".json":
         rows = _parse_json(path, text)
+        if rows and isinstance(rows[0], dict) and "paragraphs" in rows[0]:
+            rows = read_squad(path)[0]
     else:
         rows = list(_parse_jsonl(path, text) if suffix == ".jsonl" else _parse_csv(path, text))
     if not rows:

@@ -8,6 +8,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from gemmate_lib.adapters import encoder_of
+from gemmate_lib.config import GemmateError
+
 if TYPE_CHECKING:
     import torch
     from transformers import GenerationConfig
@@ -42,8 +45,13 @@ def generate_texts(
     top_p: float = 1.0,
     seed: int = 0,
     stop_at_eos: bool = True,
+    timestamps: Sequence[int | None] | None = None,
 ) -> list[Completion]:
     """Complete prompts; one Completion each, in the order given.
+
+    timestamps: when each is asked, in ms since the Unix epoch, UTC, for a time-aware model; None:
+    it is not known.
+    Raises: GemmateError for timestamps that a plain model cannot read, or another number of them.
 
     Greedy texts do not depend on batch size, order or padding in fp32. Sampled ones depend on the
     seed and on the batches. Neither changes the model, its mode, its settings or the global seed.
@@ -55,19 +63,40 @@ def generate_texts(
     if do_sample:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
     encoded = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    times = _times(model, timestamps, len(prompts))
     by_length = sorted(range(len(prompts)), key=lambda i: -len(encoded[i]))  # less padding
     done: dict[int, Completion] = {}
     devices = [model.device] if model.device.type == "cuda" else []
-    with _evaluating(model), torch.random.fork_rng(devices), torch.inference_mode():
+    with evaluating(model), torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed)
         for start in range(0, len(by_length), batch_size):
             batch = by_length[start : start + batch_size]
             ids, mask = left_padded([encoded[i] for i in batch], tokenizer.pad_token_id)
-            inputs = {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            if times is not None:
+                inputs["timestamps"] = times[batch]
+            inputs = {name: tensor.to(model.device) for name, tensor in inputs.items()}
             out = model.generate(**inputs, generation_config=settings)[:, ids.shape[1] :]
             for i, tokens in zip(batch, out.tolist(), strict=True):
                 done[i] = _completion(tokenizer, prompts[i], tokens, ends)
     return [done[i] for i in range(len(prompts))]
+
+
+def _times(model: Any, timestamps: Sequence[int | None] | None, n: int) -> "torch.Tensor | None":
+    """int64 [n] for a time-aware model, whatever is not known MISSING; None for a plain one."""
+    import torch
+
+    from gemmate_lib.timestamps import MISSING
+
+    given = [MISSING if t is None else t for t in timestamps or [None] * n]
+    if len(given) != n:
+        raise GemmateError(f"{len(given)} timestamps for {n} prompts. Give one each.")
+    if encoder_of(model) is not None:
+        return torch.tensor(given, dtype=torch.int64)
+    if set(given) - {MISSING}:
+        problem = "The model knows no time: it has no temporal encoder"
+        raise GemmateError(f"{problem}. Leave the timestamps out, or fine-tune `temporal` first.")
+    return None
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -122,7 +151,7 @@ def _completion(tokenizer: Any, prompt: str, tokens: list[int], ends: list[int])
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
     """Evaluation mode inside; afterwards each module is in the mode it was in before."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from gemmate_lib.batches import Job
-from gemmate_lib.config import GemmateError
 from gemmate_lib.manifest import file_sha256
+from gemmate_lib.trust import inside
 
 if TYPE_CHECKING:
     import psutil
@@ -57,14 +57,6 @@ class NotebookResult:
         if self.error:
             return f"cell {self.error['cell']}: {self.error['message']}"
         return self.skipped or self.main_metric or ""
-
-
-def inside(folder: Path, name: str) -> Path:
-    """A path in the folder. Raises: GemmateError if it leads out of it, through a link too."""
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()):
-        raise GemmateError(f"{path} is not inside of the run's folder {folder}. Choose another.")
-    return path
 
 
 def write_record(folder: Path, source: Path, result: NotebookResult) -> None:

@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from gemmate_lib.settings import Experiment, GemmateError
+from gemmate_lib.settings import Experiment, GemmateError, digest
 
 _HUB = ("accelerate", "datasets", "huggingface-hub", "peft", "transformers", "trl")
 PACKAGES = (*_HUB, "bitsandbytes", "torch")
@@ -75,6 +75,7 @@ def write_manifest(
     base: Mapping[str, Any],
     metrics: Mapping[str, Any],
     timings: Mapping[str, Any],
+    resumed: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write manifest.json, whole or not at all. Raises: GemmateError for a number not finite."""
     lock, path = lock_file(), Path(directory) / "manifest.json"
@@ -88,6 +89,7 @@ def write_manifest(
         "packages": package_versions(),
         "lock_sha256": file_sha256(lock) if lock else None,
     } | {"machine": facts, "data": data, "base": base, "metrics": metrics, "timings": timings}
+    record |= {"resumed": resumed} if resumed else {}
     try:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=float)
     except ValueError as error:
@@ -102,8 +104,7 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     path = Path(directory) / "manifest.json"
     try:
         record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        config = json.dumps(record["config"], sort_keys=True).encode()
-        if hashlib.sha256(config).hexdigest()[:16] != record["config_hash"]:
+        if digest(record["config"])[:16] != record["config_hash"]:
             raise ValueError("its config was changed after the run")
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise GemmateError(f"No sound manifest at {path}: {error}. Run it again.") from None

@@ -12,9 +12,12 @@ from typing import Any
 
 import numpy as np
 
+from gemmate_lib.adapters import encoder_of
 from gemmate_lib.config import GemmateError
 from gemmate_lib.data import Encoded, Row
+from gemmate_lib.generate import evaluating
 from gemmate_lib.splitting import normalise
+from gemmate_lib.timestamps import MISSING
 
 Sums = tuple[np.ndarray, np.ndarray]  # of -log p in nats, float64 [N]; of tokens, int64 [N]
 SEGMENTS = ("form", "quote", "author")
@@ -35,28 +38,28 @@ def position_losses(
 
     by_length = sorted(range(len(rows)), key=lambda i: -len(rows[i].input_ids))  # less padding
     losses = [np.full(len(row.input_ids), np.nan) for row in rows]
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        with torch.inference_mode():
-            for start in range(0, len(rows), batch_size):
-                batch = by_length[start : start + batch_size]
-                logits = _logits(model, tokenizer, [rows[i].input_ids for i in batch])
-                for i, scores in zip(batch, logits, strict=True):
-                    _take_losses(losses[i], scores, rows[i].labels)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluating(model), torch.inference_mode():
+        for start in range(0, len(rows), batch_size):
+            batch = by_length[start : start + batch_size]
+            logits = _logits(model, tokenizer, [rows[i] for i in batch])
+            for i, scores in zip(batch, logits, strict=True):
+                _take_losses(losses[i], scores, rows[i].labels)
     return losses
 
 
-def _logits(model: Any, tokenizer: Any, rows: list[list[int]]) -> Any:
+def _logits(model: Any, tokenizer: Any, rows: list[Encoded]) -> Any:
     """Logits [B, T, V]. Padding on the right needs no mask: a causal model never looks ahead."""
     import torch
 
-    tensors, pad = [torch.tensor(row) for row in rows], tokenizer.pad_token_id
+    tensors, pad = [torch.tensor(row.input_ids) for row in rows], tokenizer.pad_token_id
     ids = torch.nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=pad)
-    logits = model(input_ids=ids.to(model.device), use_cache=False).logits
+    inputs = {"input_ids": ids.to(model.device), "use_cache": False}
+    if encoder_of(model) is not None:
+        from gemmate_lib.temporal.collate import join_times
+
+        times = join_times([row.timestamps or [MISSING] * len(row.input_ids) for row in rows])
+        inputs["timestamps"] = times.to(model.device)
+    logits = model(**inputs).logits
     return logits[:, -ids.shape[1] :]  # prompt tuning puts virtual tokens in front
 
 

@@ -14,24 +14,30 @@ from gemmate_lib.adapters import (
     Base,
     adapted_modules,
     attach_lora,
+    encoder_of,
     load_adapter,
     read_adapter_config,
     refuse_tied,
     save_adapter,
     target_modules,
+    temporal_settings,
 )
 from gemmate_lib.config import PRESETS, GemmateError, ModelConfig
 from gemmate_lib.fourbit import guard_4bit_cpu, nf4_settings, predict_bytes, save_4bit
+from gemmate_lib.trust import refuse_adapter_beside, refuse_pickled_shards
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 __all__ = [  # with what the two modules below it define, this is all one needs of a model
-    "EMBEDDED", "RECORD", "Base", "LoadedModel", "attach_lora", "base_record", "guard_4bit_cpu",
-    "load_adapter", "load_base", "load_tokenizer", "merge_adapter", "model_path", "predict_bytes",
-    "save_4bit", "save_adapter", "target_modules", "weights_hash",
+    "EMBEDDED", "RECORD", "SHIPPED", "Base", "LoadedModel", "attach_lora", "base_record",
+    "base_settings", "guard_4bit_cpu", "load_adapter", "load_base", "load_tokenizer",
+    "merge_adapter", "model_path", "predict_bytes", "save_4bit", "save_adapter",
+    "target_modules", "weights_hash",
 ]  # fmt: skip
-EMBEDDED = {n: Path(__file__).parent / "assets" / n for n in ("tiny-gemma", "tiny-gemma2")}
+ASSETS = Path(__file__).parent / "assets"
+EMBEDDED = {name: ASSETS / name for name in ("tiny-gemma", "tiny-gemma2")}
+SHIPPED = {name: ASSETS / name for name in ("tiny-gemma-te",)}  # adapters on one of these
 
 
 @dataclass(frozen=True)
@@ -65,20 +71,38 @@ def load_tokenizer(model_id: str, revision: str | None = None) -> "PreTrainedTok
     return tokenizer
 
 
+def base_settings(model_id: str, revision: str | None = None) -> "PreTrainedConfig":
+    """A base's config.json, which runs no code of its own: no model's, and no kernel's.
+
+    Raises: GemmateError where it cannot be had, or describes what only its own code could build.
+    """
+    from transformers import AutoConfig
+
+    from gemmate_lib.temporal import modeling  # noqa: F401  (AutoConfig learns of GemmaTE)
+
+    path, revision = model_path(model_id), revision or PRESETS.get(model_id)
+    with _explained(model_id, revision):
+        found = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    found._attn_implementation = None  # it may name a kernel, which is code on the Hub
+    return found
+
+
 def load_base(config: ModelConfig) -> LoadedModel:
     """Load a base from safetensors, never running code that came with it.
 
     Raises: GemmateError where this machine cannot compute as asked, or the files cannot be had.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     device, reasons = _device_and_dtype(config)
     path, revision = model_path(config.id), config.revision or PRESETS.get(config.id)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": False}
     dtype = getattr(torch, config.compute_dtype)
+    settings = base_settings(config.id, revision)
     with _explained(config.id, revision):
-        settings = AutoConfig.from_pretrained(path, **options)
+        refuse_adapter_beside(path, revision)
+        refuse_pickled_shards(path, revision)
         if stored := getattr(settings, "quantization_config", None):  # a 4-bit copy
             stored["bnb_4bit_compute_dtype"] = config.compute_dtype  # ours, not its maker's
         elif config.quantization != "none":
@@ -90,11 +114,32 @@ def load_base(config: ModelConfig) -> LoadedModel:
             path, config=settings, dtype=dtype, device_map=place, use_safetensors=True, **options
         )
         tokenizer = load_tokenizer(config.id, revision)
+    rows = model.get_input_embeddings().num_embeddings
+    if len(tokenizer) > rows:
+        raise GemmateError(
+            f"The tokenizer of {config.id} has {len(tokenizer):,} words, its embedding {rows:,} "
+            "rows: they are of two models. Put the model's own tokenizer beside it."
+        )
+    model = _time_aware(model, config)
     weights = "as stored, quantized" if stored else config.quantization
     reasons += (f"weights: {weights}", f"attention {model.config._attn_implementation}")
     if guarded := guard_4bit_cpu(model):
         reasons += (f"{guarded} 4-bit layers kept from repacking in eval mode",)
     return LoadedModel(model, tokenizer, device, reasons, base_record(config))
+
+
+def _time_aware(model: Any, config: ModelConfig) -> Any:
+    """The model with the encoder of time that the settings ask for, if any."""
+    from gemmate_lib.temporal.modeling import from_base
+
+    if config.temporal_kind is None:
+        return model
+    if (found := encoder_of(model)) is None:
+        return from_base(model, kind=config.temporal_kind, tau=config.temporal_tau)
+    if (found.kind, found.tau) != (config.temporal_kind, config.temporal_tau):
+        has = f"{config.id} has the temporal encoder {found.kind}, tau {found.tau}, already"
+        raise GemmateError(f"{has}. Leave model.temporal_kind out, or load its plain base.")
+    return model
 
 
 def _device_and_dtype(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
@@ -121,11 +166,13 @@ def _device_and_dtype(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
 @contextlib.contextmanager
 def _explained(model_id: str, revision: str | None) -> Iterator[None]:
     """Turn what the libraries raise where a model cannot be read into one sentence."""
+    from safetensors import SafetensorError
+
     from gemmate_lib.auth import check_access
 
     try:
         yield
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         problem = f"cannot load {model_id}: {str(error).strip().splitlines()[0].rstrip('.:')}"
         if model_id in EMBEDDED or Path(model_id).is_dir():
             remedy = "A folder needs config.json, *.safetensors and a tokenizer."
@@ -161,12 +208,17 @@ def _file_hash(file: Path) -> str:
 
 
 def base_record(config: ModelConfig) -> Base:
-    """What identifies a base: id, revision, weights_sha256; a 4-bit copy names its original."""
+    """What identifies a base: id, revision, weights_sha256; a 4-bit copy names its original.
+
+    For a base that was given an encoder of time, also temporal_kind and temporal_tau.
+    """
+    time = {"temporal_kind": config.temporal_kind, "temporal_tau": config.temporal_tau}
+    added = time if config.temporal_kind else {}
     if (copied := Path(model_path(config.id)) / RECORD).is_file():
-        return json.loads(copied.read_text("utf-8"))
+        return json.loads(copied.read_text("utf-8")) | added
     revision = config.revision or PRESETS.get(config.id)
     digest = weights_hash(config.id, revision)
-    return {"id": config.id, "revision": revision, "weights_sha256": digest}
+    return {"id": config.id, "revision": revision, "weights_sha256": digest} | added
 
 
 def merge_adapter(
@@ -179,10 +231,12 @@ def merge_adapter(
 ) -> LoadedModel:
     """Merge a saved adapter into its full-precision base: merging into 4-bit would round again.
 
+    A time-aware adapter gives a time-aware model, whose encoder stays in fp32.
     Raises: GemmateError for a 4-bit base, another base, tied layers, or a non-finite adapter.
     """
+    time = temporal_settings(directory)
     loaded = load_base(
-        ModelConfig(id=base_id, revision=revision, compute_dtype=dtype, device="cpu")
+        ModelConfig(id=base_id, revision=revision, compute_dtype=dtype, device="cpu", **time)
     )
     if hasattr(loaded.model.config, "quantization_config"):
         raise GemmateError(f"{base_id} is quantized. Merge into {loaded.base['id']} instead.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemmate_lib.config import GemmateError
+from gemmate_lib.trust import inside
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,4 +58,4 @@ def show(figure: "Figure", alt: str, name: str | None = None) -> None:
     display(Image(png.getvalue(), alt=alt))
     if name and (folder := os.environ.get("GEMMATE_FIGURES")):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        (Path(folder) / f"{name}.png").write_bytes(png.getvalue())
+        inside(Path(folder), f"{name}.png").write_bytes(png.getvalue())

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from gemmate_lib import machine
-from gemmate_lib.adapters import RECORD, load_adapter, write_json
+from gemmate_lib.adapters import RECORD, load_adapter, temporal_settings, write_json
 from gemmate_lib.config import Experiment, GemmateError, ModelConfig
 from gemmate_lib.generate import encode_prompt
 from gemmate_lib.hub import TOKENIZER, PlannedFile, PushResult, pull_and_verify, push, push_plan
 from gemmate_lib.modelcard import model_card, without_folders
 from gemmate_lib.models import LoadedModel, load_base, merge_adapter
+from gemmate_lib.trust import experiment_of, inside
 
 if TYPE_CHECKING:
     from gemmate_lib.evaluate import Evaluation
@@ -48,18 +49,22 @@ def _new_folder(directory: str | Path) -> Iterator[Path]:
 
 
 def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
-    for file in (source / name for name in names if (source / name).is_file()):
-        shutil.copyfile(file, folder / file.name)
+    for name in names:
+        if (source / name).is_file():  # and no link to a file elsewhere, which would be published
+            shutil.copyfile(inside(source, name), folder / name)
 
 
 def _write_merged(run: "Run", folder: Path, evaluation: "Evaluation | None") -> None:
     model = run.experiment.model
     dtype: Literal["float32", "bfloat16"]
     dtype = "float32" if model.compute_dtype == "float32" else "bfloat16"
-    merged = merge_adapter(run.adapter, model.id, revision=model.revision, dtype=dtype).model
-    # No gemmate_base.json here: a merged model is another base than the one it came from.
-    merged.save_pretrained(folder)
-    _copy(run.adapter, folder, TOKENIZER)
+    if run.experiment.method == "full":
+        shutil.copytree(run.model, folder, dirs_exist_ok=True)
+    else:
+        merged = merge_adapter(run.adapter, model.id, revision=model.revision, dtype=dtype).model
+        # No gemmate_base.json here: a merged model is another base than the one it came from.
+        merged.save_pretrained(folder)
+        _copy(run.adapter, folder, TOKENIZER)
     (folder / "README.md").write_text(model_card(run, evaluation=evaluation, merged=True), "utf-8")
 
 
@@ -87,7 +92,7 @@ def stage(
     Raises: GemmateError for a folder that exists, or a run without weights.
     """
     with _new_folder(directory) as folder:
-        if merged:
+        if merged or run.experiment.method == "full":
             _write_merged(run, folder, evaluation)
         else:
             _copy(run.adapter, folder, (*ADAPTER, *TOKENIZER))
@@ -114,10 +119,11 @@ def load_saved(directory: str | Path, *, base: ModelConfig | None = None) -> Loa
     manifests = [f / "manifest.json" for f in (folder, folder.parent)]
     if base is None and (known := [file for file in manifests if file.is_file()]):
         record = json.loads(known[0].read_text("utf-8"))
-        base = Experiment.model_validate(record["config"]).model
+        base = experiment_of(record).model
     if base is None:
         record = json.loads((folder / RECORD).read_text("utf-8"))
-        base = ModelConfig(id=record["id"], revision=record["revision"])
+        time = temporal_settings(folder)
+        base = ModelConfig(id=record["id"], revision=record["revision"], **time)
     loaded = load_base(base)
     model = load_adapter(loaded, folder)
     return LoadedModel(model, loaded.tokenizer, loaded.device, loaded.reasons, loaded.base)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gemmate_lib.config import GemmateError
 from gemmate_lib.manifest import read_manifest
 from gemmate_lib.stats import Interval
+from gemmate_lib.trust import inside
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -93,7 +94,9 @@ def _page(notebook: "NotebookNode", title: str, file: Path) -> None:
         template_name="basic", sanitize_html=True, filters={"clean_html": clean}
     )
     body, _ = exporter.from_notebook_node(notebook)
-    file.write_text(_render(title=title, body=Markup(body)), encoding="utf-8")
+    # All of it once more: nbconvert 7.17 cleans what a cell shows, and puts an image's width,
+    # without quotes, and frames around it.
+    file.write_text(_render(title=title, body=Markup(clean(body))), encoding="utf-8")
 
 
 def _notebook(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -103,14 +106,15 @@ def _notebook(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
     name = str(record["notebook"])
     entry = record | {"title": name, "figures": [], "page": None}
     entry["parameters"] = flat(record["parameters"])
-    executed = folder / "notebooks" / f"{Path(name).name}.ipynb"
+    executed = inside(folder, f"notebooks/{Path(name).name}.ipynb")
     try:
         notebook = nbformat.read(executed, as_version=4)
     except (OSError, ValueError):  # skipped, or killed while it was written
         return entry
     entry |= {"title": _title(notebook) or name, "figures": list(_figures(notebook))}
-    _page(notebook, entry["title"], executed.with_suffix(".html"))
-    return entry | {"page": f"notebooks/{executed.stem}.html"}
+    page = f"notebooks/{executed.stem}.html"
+    _page(notebook, entry["title"], inside(folder, page))
+    return entry | {"page": page}
 
 
 def _run(folder: Path) -> dict[str, Any]:
@@ -149,6 +153,6 @@ def write_report(directory: str | Path) -> Path:
     notebooks = [_notebook(folder, record) for record in records]
     content = {"notebooks": notebooks, "runs": [_run(file.parent) for file in runs]}
     text = _render(title="GemmaTE Course: the report", body=None, **content)
-    page = folder / "report.html"
+    page = inside(folder, "report.html")
     page.write_text(text, encoding="utf-8")
     return page

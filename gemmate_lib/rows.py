@@ -1,27 +1,23 @@
-"""From a record with named fields to a row of prompt and completion, and on to token ids.
+"""Rows of prompt and completion, and their way to token ids that are not too long."""
 
-A table's form is told by its columns: `messages`; `instruction`, `output` (and `input`);
-`prompt`, `completion` (or `input_text`, `output_text`); `quote`, `author` (and `tags`); `text`.
-"""
+from bisect import bisect_right
+from dataclasses import dataclass, replace
+from itertools import dropwhile
+from typing import Any, NamedTuple
 
-import re
-import string
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from gemmate_lib.config import GemmateError
 
-from gemmate_lib.config import GemmateError, among
+# (end, timestamp): what stands before that character of prompt + completion was written then; the
+# last time holds to the end. None where the data set has no times.
+Times = tuple[tuple[int, int], ...] | None
 
-Form = Literal["messages", "instruction", "prompt-completion", "quotes", "text"]
-REQUIRED: dict[Form, tuple[str, ...]] = {
-    "messages": ("messages",),
-    "instruction": ("instruction", "output"),
-    "prompt-completion": ("prompt", "completion"),
-    "quotes": ("quote", "author"),
-    "text": ("text",),
-}
-OPTIONAL: dict[Form, tuple[str, ...]] = {"instruction": ("input",), "quotes": ("tags",)}
-QUOTE_TEMPLATE = "Quote: {quote}\nAuthor: {author}"
+
+class Soft(NamedTuple):
+    """The characters of a prompt that may be shortened, and those among them that must stay."""
+
+    start: int
+    end: int
+    keep: tuple[int, int] | None = None  # an answer
 
 
 @dataclass(frozen=True)
@@ -32,138 +28,140 @@ class Row:
     completion: str
     fields: dict[str, str]
     source_row: int
+    times: Times = None
+    soft: Soft | None = None
+
+    @property
+    def timestamp(self) -> int | None:
+        """When the completion was written."""
+        return self.times[-1][1] if self.times else None
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """Token ids and labels of one row, int [T] each; -100 where no loss is taken."""
+    """Token ids, labels and times of one row, int [T] each; -100 where no loss is taken."""
 
     input_ids: list[int]
     labels: list[int]
     cut: bool
-
-
-def find_form(
-    columns: Collection[str], *, mapped: Collection[str], template: str | None
-) -> tuple[Form, tuple[str, ...]]:
-    """Tell the form and its required fields from the columns; a template names its own.
-
-    Raises:
-        GemmateError: no form has these columns, or the template is malformed.
-    """
-    if template is not None:
-        names = tuple(among(name, columns, "column") for name in _placeholders(template))
-        return ("quotes" if {"quote", "author"} <= set(names) else "text"), names
-    for form, required in REQUIRED.items():
-        if set(required) <= set(columns) and set(mapped) <= {*required, *OPTIONAL.get(form, ())}:
-            return form, required
-    forms = "; ".join(" + ".join(required) for required in REQUIRED.values())
-    raise GemmateError(
-        f"The columns {sorted(columns)} match no form ({forms}). "
-        'Map them, e.g. columns="quote=content author=author", or give a template.'
-    )
-
-
-def _placeholders(template: str) -> list[str]:
-    try:
-        names = [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
-    except ValueError as error:
-        raise GemmateError(f"The template {template!r}: {error}. Mend it.") from error
-    if not names:
-        raise GemmateError(f"The template {template!r} names no column. Write one as {{text}}.")
-    return list(dict.fromkeys(names))
-
-
-def as_text(value: Any) -> str | None:
-    """Return a field as text, the items of a list joined by commas; None for what holds none."""
-    if isinstance(value, list) and all(isinstance(item, str | int | float) for item in value):
-        return ", ".join(map(str, value))
-    if not isinstance(value, str | int | float) or value != value:  # only NaN differs from itself
-        return None
-    # Half a character, from a JSON string that was cut: no tokenizer takes it.
-    return None if re.search("[\ud800-\udfff]", str(value)) else str(value)
-
-
-def render(
-    record: Mapping[str, Any], form: Form, *, template: str | None, tokenizer: Any, source_row: int
-) -> Row | str:
-    """Make a row, or say why there is none: "missing_field", "empty", "refused_by_template"."""
-    if form == "messages":
-        return _render_chat(record.get("messages"), tokenizer, source_row)
-    template = template or (QUOTE_TEMPLATE if form == "quotes" else None)
-    fields = {}
-    for name in _placeholders(template) if template else REQUIRED[form]:
-        text = as_text(record.get(name))
-        if text is None:
-            return "missing_field"
-        if not text.strip() and name != "prompt":
-            return "empty"
-        fields[name] = text
-    if template is None and form != "instruction":  # as they are
-        return Row(fields.get("prompt", ""), [*fields.values()][-1], fields, source_row)
-    fields |= {name: as_text(record.get(name)) or "" for name in OPTIONAL.get(form, ())}
-    fields = {name: text.strip() for name, text in fields.items()}
-    if template:
-        return Row("", template.format_map(fields), fields, source_row)
-    given = f"\nInput: {fields['input']}" if fields["input"] else ""
-    prompt = f"Instruction: {fields['instruction']}{given}\nResponse:"
-    return Row(prompt, f" {fields['output']}", fields, source_row)
-
-
-def _render_chat(messages: Any, tokenizer: Any, source_row: int) -> Row | str:
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise GemmateError("Messages need a tokenizer with a chat template. Use a chat model's.")
-    turns = messages if isinstance(messages, list) else []
-    if not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
-        return "missing_field"
-    last = max((i for i, t in enumerate(turns) if t.get("role") == "assistant"), default=0)
-    if last == 0:  # nobody answers, or nothing was asked
-        return "missing_field"
-    if not turns[last]["content"].strip():
-        return "empty"
-    try:
-        prompt = tokenizer.apply_chat_template(
-            turns[:last], tokenize=False, add_generation_prompt=True
-        )
-        whole = tokenizer.apply_chat_template(turns[: last + 1], tokenize=False)
-    except TemplateError:  # e.g. Gemma knows no system role
-        return "refused_by_template"
-    if not whole.startswith(prompt):
-        raise GemmateError("The chat template rewrites earlier turns. Use prompt and completion.")
-    completion = whole[len(prompt) :].rstrip()
-    fields = {"reply": turns[last]["content"]}
-    return Row(prompt.removeprefix(tokenizer.bos_token or ""), completion, fields, source_row)
+    timestamps: list[int] | None = None
 
 
 def encode(row: Row, tokenizer: Any, *, max_length: int, over_long: str) -> Encoded | None:
     """Encode bos + prompt + completion + eos; None where the row is too long to keep.
 
-    The prompt is tokenised by itself, as it is at generation. `over_long="cut"` cuts the end of
-    the prompt; only a completion that alone exceeds `max_length` is cut, and so loses its eos.
+    The prompt is tokenised by itself, as it is at generation. `over_long="cut"` shortens what may
+    be shortened, see `fit`, else the end of the prompt; only a completion that alone exceeds
+    `max_length` is cut, and so loses its eos.
 
     Raises:
         GemmateError: the tokenizer has no end-of-sequence token.
     """
-    if tokenizer.eos_token_id is None:
-        raise GemmateError("The tokenizer has no end-of-sequence token. Set tokenizer.eos_token.")
-    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    prompt, completion = (_token_ids(text, tokenizer) for text in (row.prompt, row.completion))
-    if completion[-1:] != [tokenizer.eos_token_id]:
-        completion.append(tokenizer.eos_token_id)
+    bos, prompt, completion = _parts(row, tokenizer)
     room = max_length - len(bos) - len(completion)
     cut = room < len(prompt)
     if cut and over_long == "drop":
         return None
+    if cut and (fitted := fit(row, tokenizer, max_length=max_length)) != row:
+        found = encode(fitted, tokenizer, max_length=max_length, over_long="cut")
+        return found and replace(found, cut=True)
     prompt, completion = prompt[: max(room, 0)], completion[: max_length - len(bos)]
-    masked = [-100] * (len(bos) + len(prompt))  # nothing predicts the first position
-    return Encoded([*bos, *prompt, *completion], [*masked, *completion], cut)
+    ids = [token for token, _ in (*bos, *prompt, *completion)]
+    masked = len(bos) + len(prompt)  # nothing predicts the first position
+    times = None
+    if row.times:
+        ends = [end for end, _ in row.times[:-1]]
+        starts = [start for _, start in (*bos, *prompt, *completion)]
+        times = [row.times[bisect_right(ends, start)][1] for start in starts]
+    return Encoded(ids, [-100] * masked + ids[masked:], cut, times)
 
 
-def _token_ids(text: str, tokenizer: Any) -> list[int]:
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    bos = tokenizer.bos_token_id
+def _parts(row: Row, tokenizer: Any) -> tuple[list[tuple[int, int]], ...]:
+    """Tokens of bos, prompt, and completion with eos, each with the character it starts at."""
+    if tokenizer.eos_token_id is None:
+        raise GemmateError("The tokenizer has no end-of-sequence token. Set tokenizer.eos_token.")
+    bos = [] if tokenizer.bos_token_id is None else [(tokenizer.bos_token_id, 0)]
+    prompt, completion = (_tokens(text, row, tokenizer) for text in (row.prompt, row.completion))
+    completion = [(token, start + len(row.prompt)) for token, start in completion]
+    if [token for token, _ in completion[-1:]] != [tokenizer.eos_token_id]:
+        completion.append((tokenizer.eos_token_id, len(row.prompt + row.completion)))
+    return bos, prompt, completion
+
+
+def fit(row: Row, tokenizer: Any, *, max_length: int) -> Row:
+    """Shorten what may be shortened of a prompt until the row has at most `max_length` tokens.
+
+    What must stay of it is kept in the middle; without such a place the end is cut off. The row
+    comes back as it is where it fits, and as short as it gets where it cannot fit.
+    """
+    while row.soft and (over := sum(map(len, _parts(row, tokenizer))) - max_length) > 0:
+        start, end, _ = row.soft
+        spans = _spans(row.prompt[start:end], tokenizer)
+        if not spans:
+            break
+        row = _window(row, spans, *_middle(row.soft, spans, max(len(spans) - over, 0)))
+    return row
+
+
+def windows(row: Row, tokenizer: Any, *, max_length: int, stride: int) -> list[Row]:
+    """Slide over what may be shortened: rows that fit and together show all of it.
+
+    stride: how many tokens of it two neighbours share. Raises: GemmateError where none would fit.
+    """
+    over = sum(map(len, _parts(row, tokenizer))) - max_length
+    if not row.soft or over <= 0:
+        return [row]
+    spans = _spans(row.prompt[row.soft.start : row.soft.end], tokenizer)
+    size = len(spans) - over - 2  # a cut may split a token in two, at either end
+    if size <= stride:
+        problem = f"Row {row.source_row} leaves {max(size, 0)} tokens for its context"
+        raise GemmateError(f"{problem}. Raise dataset.max_length above {max_length}.")
+    starts = [*range(0, len(spans) - size, size - stride), len(spans) - size]
+    return [_window(row, spans, first, first + size) for first in starts]
+
+
+def _spans(text: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """Where each token of a text starts and ends, in characters."""
+    if not tokenizer.is_fast:
+        raise GemmateError("Shortening a prompt needs a fast tokenizer. Use over_long=drop.")
+    found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(found["offset_mapping"])
+
+
+def _middle(soft: Soft, spans: list[tuple[int, int]], size: int) -> tuple[int, int]:
+    """The first and last + 1 of `size` tokens, around what must stay."""
+    if soft.keep is None:
+        return 0, size
+    low, high = (place - soft.start for place in soft.keep)
+    kept = [i for i, (start, end) in enumerate(spans) if start < high and end > low]
+    first = (kept[0] + kept[-1] + 1 - size) // 2 if kept else 0
+    first = min(max(first, 0), len(spans) - size)
+    return first, first + size
+
+
+def _window(row: Row, spans: list[tuple[int, int]], first: int, last: int) -> Row:
+    """The row with the tokens from first to last - 1 alone in place of what may be shortened."""
+    assert row.soft is not None
+    while 0 < first < last and spans[first] == spans[first - 1]:
+        first += 1  # a byte of a character that begins before
+    while first < last < len(spans) and spans[last - 1] == spans[last]:
+        last -= 1
+    start, end, keep = row.soft
+    low, high = (spans[first][0], spans[last - 1][1]) if first < last else (0, 0)
+    text = row.prompt[start + low : start + high]
+    prompt = row.prompt[:start] + text + row.prompt[end:]
+    inside = keep and start + low <= keep[0] and keep[1] <= start + high
+    moved = (keep[0] - low, keep[1] - low) if keep and inside else None
+    return replace(row, prompt=prompt, soft=Soft(start, start + len(text), moved))
+
+
+def _tokens(text: str, row: Row, tokenizer: Any) -> list[tuple[int, int]]:
+    """Token ids, each with the character it starts at if the row needs to know, else with 0."""
+    wanted = bool(row.times) and len(row.times or ()) > 1
+    found = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=wanted)
+    ids = found["input_ids"]
+    starts = [start for start, _ in found["offset_mapping"]] if wanted else [0] * len(ids)
+    tokens, bos = list(zip(ids, starts, strict=True)), tokenizer.bos_token_id
     if bos == tokenizer.eos_token_id:  # GPT-2: only at the start is it a bos
-        return ids[next((i for i, token in enumerate(ids) if token != bos), len(ids)) :]
-    return [token for token in ids if token != bos]  # pre-rendered text brings one along
+        return list(dropwhile(lambda pair: pair[0] == bos, tokens))
+    return [pair for pair in tokens if pair[0] != bos]  # pre-rendered text brings one along

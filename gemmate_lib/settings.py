@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,15 @@ Share = Annotated[float, Field(ge=0, lt=0.5)]
 
 class GemmateError(Exception):
     """What the user can mend: one clear sentence, then the remedy."""
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of what can be written as JSON, whatever the order of its keys: hexadecimal.
+
+    Raises: ValueError for a number that is not finite.
+    """
+    canonical = json.dumps(value, sort_keys=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 class Settings(BaseModel):
@@ -40,6 +50,9 @@ class ModelConfig(Settings):
     quantization: Literal["none", "nf4", "nf4-double"] = "none"
     compute_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    # GemmaTE's encoder: log, signed_log, fourier, calendar, or several joined by +
+    temporal_kind: str | None = None
+    temporal_tau: Annotated[float, Field(gt=0)] = 0.1
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
 
 
@@ -53,6 +66,8 @@ class DatasetConfig(Settings):
     test: str | None = None
     columns: dict[str, str] = {}  # our name -> theirs; also "quote=content author=author"
     template: str | None = None
+    labels: dict[str, str] = {}  # the table's label -> its name, as in {0: negative, 1: positive}
+    timestamp: str | None = None  # the field that says when: milliseconds or ISO 8601
     validation_fraction: Share = 0.1
     test_fraction: Share = 0.1
     split_seed: Count = 0
@@ -61,6 +76,11 @@ class DatasetConfig(Settings):
     # Jaccard of word 3-grams at which two rows are one; 1.0: exact, after normalisation
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8
     limit: Positive | None = None
+
+    @field_validator("labels", mode="before")
+    @classmethod
+    def _as_text(cls, value: Any) -> Any:
+        return {str(k): v for k, v in value.items()} if isinstance(value, dict) else value
 
     @field_validator("columns", mode="before")
     @classmethod
@@ -97,11 +117,43 @@ class TrainingConfig(Settings):
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
     eval_every: Count = 25  # 0: off
-    save_every: Count = 0  # 0: at the end
+    save_every: Count = 0  # steps between checkpoints; 0: none but when the run is interrupted
+    save_strategy: Literal["steps", "epoch"] = "steps"  # epoch: one at the end of each
+    save_optim: bool = True  # without the optimizer's state a run cannot be resumed exactly
+    keep_last_n: Count = 2
+    keep_best_n: Count = 0
+    checkpoint_metric: Literal["eval_loss", "loss"] = "eval_loss"  # best by this
+    checkpoint_metric_mode: Literal["min", "max"] = "min"
+    remote_path: str | None = None  # checkpoints are copied there: any fsspec URL
     early_stopping_patience: Count = 0  # evaluations without gain; 0: off
     packing: bool = False
     gradient_checkpointing: bool = False
     tracker: str = "none"
+
+    @property
+    def stops_early(self) -> bool:
+        """Whether evaluations without gain may end the run."""
+        return self.early_stopping_patience > 0 and self.eval_every > 0
+
+    @field_validator("remote_path")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if re.search(r"://[^/@]*:[^/@]*@", value or ""):  # it would stand in every manifest
+            problem = "training.remote_path holds a password"
+            raise GemmateError(f"{problem}. Keep it in the settings of that storage's client.")
+        return value
+
+    @model_validator(mode="after")
+    def _something_stays(self) -> "TrainingConfig":
+        if not self.keep_last_n and not self.keep_best_n:
+            raise ValueError("keep_last_n=0 needs keep_best_n of 1 or more, or nothing is kept")
+        by_steps = self.save_strategy == "steps" and self.save_every
+        if self.keep_best_n and self.checkpoint_metric == "eval_loss":
+            if not self.eval_every:
+                raise ValueError("keep_best_n needs evaluations: set eval_every")
+            if by_steps and self.save_every % self.eval_every:
+                raise ValueError("keep_best_n needs save_every to be a multiple of eval_every")
+        return self
 
 
 class GenerationSettings(Settings):
@@ -116,6 +168,7 @@ class Experiment(Settings):
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "unnamed"  # it names a folder
     profile: str = "tiny"
+    method: Literal["lora", "full"] = "lora"  # an adapter, or every weight of the base
     seed: Count = 0
     threads: Positive | None = None  # None: leave as it is
     model: ModelConfig = ModelConfig()
@@ -126,8 +179,7 @@ class Experiment(Settings):
 
     def hash(self) -> str:
         """16 hexadecimal digits that name this configuration."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return digest(self.model_dump(mode="json"))[:16]
 
 
 @dataclass(frozen=True)

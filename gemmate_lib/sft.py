@@ -2,17 +2,15 @@
 
 A run is named by everything that decides its result: the experiment, the rows, the base's
 weights, the versions of the libraries and of this one. What was run before is found again by
-that name, and a run that did not finish leaves nothing behind.
+that name. Its manifest is written last: a folder without one is a run that did not finish, and
+leaves nothing behind but checkpoints to go on from.
 """
 
-import contextlib
 import hashlib
 import json
-import os
-import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -21,12 +19,15 @@ from typing import Any
 from filelock import FileLock
 
 from gemmate_lib import machine
-from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter
+from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter, train_all
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Splits, load_dataset_splits
 from gemmate_lib.manifest import package_versions, read_manifest, write_manifest
 from gemmate_lib.models import LoadedModel, base_record, load_base, load_tokenizer
+from gemmate_lib.resume import check_new, find_start, identity_of, keeping_for, work_in
+from gemmate_lib.settings import digest
 from gemmate_lib.trainer import Report, train
+from gemmate_lib.trust import experiment_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Run:
     def adapter(self) -> Path:
         """The folder with adapter and tokenizer."""
         return self.directory / "adapter"
+
+    @property
+    def model(self) -> Path:
+        """The folder with model and tokenizer, where every weight was trained."""
+        return self.directory / "model"
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -64,12 +70,15 @@ def load_run(directory: str | Path) -> Run:
     if not (directory / "manifest.json").is_file():
         raise GemmateError(f"{directory} holds no run. Make one with: gemmate finetune quotes")
     manifest = read_manifest(directory)
-    return Run(directory, Experiment.model_validate(manifest["config"]), manifest, found=True)
+    return Run(directory, experiment_of(manifest), manifest, found=True)
 
 
 def open_run(run: Run, *, force: bool = False) -> LoadedModel:
-    """Load a run's base with its adapter on it, ready to generate."""
+    """Load a run's base with its adapter on it, or its own model, ready to generate."""
     machine.prepare(seed=run.experiment.seed, threads=run.experiment.threads)
+    if run.experiment.method == "full":
+        own = {"id": str(run.model), "revision": None, "temporal_kind": None}
+        return load_base(run.experiment.model.model_copy(update=own))
     base = load_base(run.experiment.model)
     model = load_adapter(base, run.adapter, force=force).eval()
     return LoadedModel(model, base.tokenizer, base.device, base.reasons, base.base)
@@ -92,7 +101,7 @@ def run_key(experiment: Experiment, splits: Splits) -> str:
         "packages": package_versions(),
         "code": _code_hash(),
     }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
+    return digest(parts)[:12]
 
 
 def load_splits(experiment: Experiment) -> Splits:
@@ -109,14 +118,10 @@ def finetune_or_load(experiment: Experiment, *, report: Report | None = None) ->
     # Notebooks that run side by side want the same run: one makes it, the others wait for it.
     with FileLock(directory.with_name(f".{directory.name}.lock")):
         if not (directory / "manifest.json").is_file():
-            return finetune_model(experiment, out=directory, splits=splits, report=report)
+            return finetune_model(
+                experiment, out=directory, splits=splits, report=report, resume="last"
+            )
     return load_run(directory)
-
-
-def check_new(out: Path) -> None:
-    """Raise GemmateError where the folder of a run exists already."""
-    if out.exists():
-        raise GemmateError(f"{out} exists. Give --out another folder, or delete it.")
 
 
 def finetune_model(
@@ -125,30 +130,38 @@ def finetune_model(
     out: str | Path,
     splits: Splits | None = None,
     report: Report | None = None,
+    resume: str | None = None,
+    allow_changed: Collection[str] = (),
 ) -> Run:
-    """Fine-tune a LoRA adapter and write the run to `out`.
+    """Fine-tune a LoRA adapter, or with `method: full` every weight, and write the run to `out`.
 
-    Raises: GemmateError for a folder that exists, rows that cannot be trained on, or a loss,
-        gradient or parameter that is no longer finite.
+    resume: go on from a checkpoint: `last`, `best`, or its path; from the start if there is none.
+    allow_changed: keys that may differ from those of the checkpoint.
+    Raises: GemmateError for a folder that exists, rows that cannot be trained on, a loss,
+        gradient or parameter that is no longer finite, or a checkpoint of another run.
     """
     out, began = Path(out), time.perf_counter()
-    check_new(out)
+    check_new(out, resume=resume)
     machine.prepare(seed=experiment.seed, threads=experiment.threads)
     splits = splits or load_splits(experiment)
     base = load_base(experiment.model)
-    model = attach_lora(base.model, experiment.lora, seed=experiment.seed)
-    loaded = time.perf_counter()
-    with _staging(out) as staging:
-        log = train(model, base.tokenizer, splits, experiment, staging / "trainer", report=report)
+    identity = identity_of(experiment, splits.checksums(), base.base)
+    with work_in(out) as folder:
+        start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
+        model = _attach(base, experiment)
+        loaded = time.perf_counter()
+        log = train(
+            model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
+            keeping=keeping_for(experiment, out, identity), resume_from=start.path,
+        )  # fmt: skip
         trained = time.perf_counter()
-        save_adapter(model, staging / "adapter", base.base)
-        base.tokenizer.save_pretrained(staging / "adapter")
+        _save(model, base, folder, experiment)
+        if experiment.training.tracker == "none":
+            shutil.rmtree(folder / "trainer", ignore_errors=True)
         lines = (json.dumps(record) + "\n" for record in log)
-        (staging / "log.jsonl").write_text("".join(lines), "utf-8")
-        if not experiment.training.save_every and experiment.training.tracker == "none":
-            shutil.rmtree(staging / "trainer", ignore_errors=True)
+        (folder / "log.jsonl").write_text("".join(lines), "utf-8")
         write_manifest(
-            staging,
+            folder,
             kind="sft",
             experiment=experiment,
             facts=machine.describe(),
@@ -156,26 +169,24 @@ def finetune_model(
             base=base.base,
             metrics=_summary(log),
             timings={"load": loaded - began, "train": trained - loaded},
+            resumed=start.as_dict(),
         )
     return Run(out, experiment, read_manifest(out), found=False)
 
 
-@contextlib.contextmanager
-def _staging(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that becomes `out` when all went well and disappears when not."""
-    staging = out.with_name(f".{out.name}.{os.getpid()}")
-    staging.mkdir(parents=True)
-    try:
-        yield staging
-        check_new(out)  # another run may have been quicker
-        staging.rename(out)
-    except Exception as error:
-        if re.search(r"No space left|File too large|os error (27|28)\b", str(error)):
-            remedy = "Free some, or give --out a folder on another disk."
-            raise GemmateError(f"There is no room to write {out}. {remedy}") from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+def _attach(base: LoadedModel, experiment: Experiment) -> Any:
+    if experiment.method == "full":
+        return train_all(base.model)
+    return attach_lora(base.model, experiment.lora, seed=experiment.seed)
+
+
+def _save(model: Any, base: LoadedModel, folder: Path, experiment: Experiment) -> None:
+    if experiment.method == "full":
+        model.save_pretrained(folder / "model")
+        base.tokenizer.save_pretrained(folder / "model")
+    else:
+        save_adapter(model, folder / "adapter", base.base)
+        base.tokenizer.save_pretrained(folder / "adapter")
 
 
 def _summary(log: list[dict[str, float]]) -> dict[str, float]:

@@ -1,25 +1,39 @@
 """One training loop: rows to token ids, settings to TRL's, and a watch on every number it logs."""
 
 import contextlib
-import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainerCallback
+from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 
 from gemmate_lib import machine
+from gemmate_lib.callbacks import (
+    KEPT,
+    Checkpointing,
+    Interrupted,
+    Keeping,
+    Report,
+    RowsOf,
+    Stopping,
+    Watch,
+)
+from gemmate_lib.checkpoints import name_of, verify
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Row, Splits, encode
+from gemmate_lib.memory import said_in_numbers
+from gemmate_lib.temporal.collate import collator_for
 
-Report = Callable[[dict[str, float]], None]
-KEPT = ("loss", "eval_loss", "learning_rate", "grad_norm")
 
-
-def token_rows(rows: list[Row], tokenizer: Any, *, max_length: int, over_long: str) -> Any:
+def token_rows(
+    rows: list[Row], tokenizer: Any, *, max_length: int, over_long: str, numbered: bool = False
+) -> Any:
     """Return a data set of `input_ids` and `labels` (-100 where no loss is taken).
+
+    Where the rows have times, also of `timestamps`: each token's, for GemmaTE's collator;
+    `numbered`: also of `row`, its number in the source.
 
     Raises: GemmateError where a row would teach nothing, or never to stop.
     """
@@ -32,7 +46,11 @@ def token_rows(rows: list[Row], tokenizer: Any, *, max_length: int, over_long: s
             raise GemmateError("A row does not end in EOS: the model would never learn to stop.")
     if not any(label != -100 for ids in kept for label in ids.labels):
         raise GemmateError("No row has a label: raise dataset.max_length.")
-    columns = {"input_ids": [i.input_ids for i in kept], "labels": [i.labels for i in kept]}
+    numbers = [row.source_row for row, ids in zip(rows, encoded, strict=True) if ids is not None]
+    columns: dict[str, list[Any]] = {"row": numbers} if numbered else {}
+    columns |= {"input_ids": [i.input_ids for i in kept], "labels": [i.labels for i in kept]}
+    if kept[0].timestamps:
+        columns["timestamps"] = [i.timestamps or [] for i in kept]
     return Dataset.from_dict(columns)
 
 
@@ -45,44 +63,99 @@ def train(
     *,
     report: Report | None = None,
     collator: Any = None,
+    keeping: Keeping | None = None,
+    resume_from: Path | None = None,
 ) -> list[dict[str, float]]:
-    """Train `model` in place with TRL; return the log, one record a step or evaluation."""
-    from trl import SFTTrainer
+    """Train `model` in place with TRL; return the log, one record a step or evaluation.
 
-    data = experiment.dataset
-    tokens = partial(token_rows, tokenizer=tokenizer, max_length=data.max_length)
-    wants_eval = bool(experiment.training.eval_every) and bool(splits.validation)
+    keeping: where checkpoints go and which of them stay; None: none are written.
+    resume_from: a checkpoint that has been verified, to go on from.
+    Raises: GemmateError where a time-aware model has rows without times, or the reverse; Diverged
+        for a number that is not finite; Interrupted after SIGTERM or SIGINT, once it has saved.
+    """
+    stopping = Stopping()
     with _known_training_warnings():
-        trainer = SFTTrainer(
-            model=model,
-            args=_arguments(experiment, directory, evaluate=wants_eval),
-            train_dataset=tokens(splits.train, over_long=data.over_long),
-            eval_dataset=tokens(splits.validation, over_long=data.over_long)
-            if wants_eval
-            else None,
-            processing_class=tokenizer,
-            data_collator=collator,
-            callbacks=_callbacks(experiment, report),
-        )
-        trainer.remove_callback(PrinterCallback)
-        # TRL casts every trainable parameter of a quantized model to bf16, which a T4 lacks and
-        # a resumed run does not repeat: back to fp32.
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-        trainer.train()
+        trainer = _build(model, tokenizer, splits, experiment, directory, collator=collator)
+        rows = None
+        if not experiment.training.packing:
+            held = 2 * experiment.training.gradient_accumulation_steps + 2
+            rows = trainer.data_collator = RowsOf(trainer.data_collator, keep=held)
+        watching = [Watch(report, rows), *([stopping, Checkpointing(keeping, stopping)]
+                                           if keeping else [])]  # fmt: skip
+        for callback in watching:
+            trainer.add_callback(callback)
+        listening = stopping.listening() if keeping else contextlib.nullcontext()
+        with listening, said_in_numbers(experiment):
+            if not (resume_from and _take_the_end(trainer, resume_from)):
+                trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
+    if stopping.number and trainer.state.global_step < trainer.state.max_steps:
+        raise Interrupted(stopping.number, trainer.state.global_step)
     history = [
         {"step": r["step"]} | {k: r[k] for k in KEPT if k in r} for r in trainer.state.log_history
     ]
     return [record for record in history if len(record) > 1]
 
 
+def _take_the_end(trainer: Any, checkpoint: Path) -> bool:
+    """Whether a checkpoint is the end of its run; then its weights and log are taken over.
+
+    transformers 5.23, `Trainer._run_epoch`, looks whether a run is over after each step and not
+    before the first: resumed at its last step, it would take one more.
+    """
+    state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+    limit, patience = trainer.args.max_steps, state.stateful_callbacks.get("EarlyStoppingCallback")
+    waited = patience["attributes"]["early_stopping_patience_counter"] if patience else 0
+    stopped = bool(patience) and waited >= patience["args"]["early_stopping_patience"]
+    if not stopped and state.global_step < (limit if limit > 0 else state.max_steps):
+        return False
+    trainer.state = state
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.args.load_best_model_at_end:
+        best = verify(checkpoint.with_name(name_of(state.best_global_step)))
+        trainer._load_from_checkpoint(str(best.path))
+    return True
+
+
+def _build(
+    model: Any,
+    tokenizer: Any,
+    splits: Splits,
+    experiment: Experiment,
+    directory: Path,
+    *,
+    collator: Any,
+) -> Any:
+    from trl import SFTTrainer
+
+    data, training = experiment.dataset, experiment.training
+    tokens = partial(token_rows, tokenizer=tokenizer, max_length=data.max_length)
+    wants_eval = bool(training.eval_every) and bool(splits.validation)
+    stops = [EarlyStoppingCallback(training.early_stopping_patience)]
+    trainer = SFTTrainer(
+        model=model,
+        args=_arguments(experiment, directory, evaluate=wants_eval),
+        train_dataset=tokens(splits.train, over_long=data.over_long, numbered=not training.packing),
+        eval_dataset=tokens(splits.validation, over_long=data.over_long) if wants_eval else None,
+        processing_class=tokenizer,
+        data_collator=collator or collator_for(model, tokenizer, experiment),
+        callbacks=stops if training.stops_early else None,
+    )
+    trainer.remove_callback(PrinterCallback)
+    # TRL casts every trainable parameter of a quantized model to bf16, which a T4 lacks and
+    # a resumed run does not repeat: back to fp32.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return trainer
+
+
 def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool) -> Any:
     from trl import SFTConfig
 
     settings, model = experiment.training, experiment.model
-    stops_early = evaluate and settings.early_stopping_patience > 0
+    stops_early = evaluate and settings.stops_early
     every = settings.save_every or (settings.eval_every if stops_early else 0)
+    saves = settings.save_strategy if every or settings.save_strategy == "epoch" else "no"
     on_cpu = model.device == "cpu" or (
         model.device == "auto" and machine.read_facts().device == "cpu"
     )
@@ -101,9 +174,10 @@ def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool) -> An
         max_grad_norm=settings.max_grad_norm,
         eval_strategy="steps" if evaluate else "no",
         eval_steps=settings.eval_every or None,
-        save_strategy="steps" if every else "no",
+        save_strategy=saves,
         save_steps=every or 500,
-        save_total_limit=2,
+        save_only_model=not settings.save_optim,
+        restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         load_best_model_at_end=stops_early,
         metric_for_best_model="eval_loss" if evaluate else None,
         seed=experiment.seed,
@@ -138,31 +212,6 @@ def _tracker(name: str) -> str | list[str]:
             f"Install it with pip, or set training.tracker=none."
         )
     return [name]
-
-
-class Watch(TrainerCallback):
-    """Stops at the first loss or gradient that is not finite; hands every record on."""
-
-    def __init__(self, report: Report | None) -> None:
-        self.report = report
-
-    def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:  # noqa: ARG002
-        """Look at one record of the log."""
-        logs = given.get("logs") or {}
-        for name in ("loss", "grad_norm", "eval_loss"):
-            if not math.isfinite(float(logs.get(name, 0.0))):
-                raise GemmateError(
-                    f"The {name} is {logs[name]} at step {state.global_step}. Lower "
-                    "training.learning_rate, or compute in bfloat16 or float32."
-                )
-        if self.report:
-            self.report({"step": state.global_step} | logs)
-
-
-def _callbacks(experiment: Experiment, report: Report | None) -> list[TrainerCallback]:
-    patience = experiment.training.early_stopping_patience
-    stops = patience and experiment.training.eval_every
-    return [Watch(report), *([EarlyStoppingCallback(patience)] if stops else [])]
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from zoneinfo import ZoneInfo
 
 from gemmate_lib.config import among
-from gemmate_lib.temporal.encoding import MINUTE, REFERENCE, to_timestamp
+from gemmate_lib.timestamps import MINUTE, REFERENCE, to_moment, to_timestamp
 
 WEEKDAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = ("January", "February", "March", "April", "May", "June", "July", "August", "September",
@@ -213,7 +213,7 @@ def moments(rng: random.Random, split: str) -> Iterator[datetime]:
     first, last = SPLITS[among(split, SPLITS, "split")]
     start, end = (to_timestamp(REFERENCE.replace(year=year)) for year in (first, last))
     while True:
-        yield datetime.fromtimestamp(rng.randrange(start, end, MINUTE) // 1000, tz=UTC)
+        yield to_moment(rng.randrange(start, end, MINUTE))
 
 
 def ask(kind: str, now: datetime, rng: random.Random) -> Dialogue:

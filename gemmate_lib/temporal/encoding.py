@@ -3,34 +3,21 @@
 Shapes: `B` timestamps, int64, in milliseconds since the Unix epoch, UTC.
 """
 
-import datetime
-
 import torch
 
 from gemmate_lib.config import GemmateError
+from gemmate_lib.timestamps import (  # noqa: F401  (the units belong to this interface)
+    DAY,
+    HOUR,
+    MINUTE,
+    REFERENCE,
+    REFERENCE_MS,
+    SECOND,
+    YEAR,
+    to_timestamp,
+)
 
-REFERENCE = datetime.datetime(2006, 5, 23, tzinfo=datetime.UTC)
 TAU = 0.1
-SECOND = 1_000  # in milliseconds, as everything below
-MINUTE = 60 * SECOND
-HOUR = 60 * MINUTE
-DAY = 24 * HOUR
-YEAR = 365.2425 * DAY  # the mean year of the Gregorian calendar
-
-
-def to_timestamp(moment: datetime.datetime) -> int:
-    """Return whole milliseconds since the Unix epoch, exactly.
-
-    Raises: GemmateError for a moment without a time zone, which means a different instant on
-    every machine.
-    """
-    if moment.tzinfo is None:
-        raise GemmateError(f"{moment} has no time zone. Add tzinfo=datetime.UTC.")
-    epoch = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
-    return (moment - epoch) // datetime.timedelta(milliseconds=1)
-
-
-REFERENCE_MS = to_timestamp(REFERENCE)
 
 
 def require_int64(timestamps: torch.Tensor) -> None:

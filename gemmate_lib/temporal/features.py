@@ -8,22 +8,14 @@ Shapes: `...` any shape of timestamps, int64, milliseconds since the Unix epoch,
 
 import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
 from gemmate_lib.config import GemmateError
-from gemmate_lib.temporal.encoding import (
-    DAY,
-    HOUR,
-    MINUTE,
-    REFERENCE_MS,
-    TAU,
-    log_encoding,
-    require_int64,
-)
+from gemmate_lib.temporal.encoding import TAU, log_encoding, require_int64
+from gemmate_lib.timestamps import DAY, EARLIEST, HOUR, LATEST, MINUTE, REFERENCE_MS
 
-# -9999-01-01 and 9999-12-31 23:59:59.999 in the proleptic Gregorian calendar.
-EARLIEST, LATEST = -377_705_116_800_000, 253_402_300_799_999
 # The sizes of the calendar's one-hot groups: sign, four digits of the year, and so on.
 GROUPS = {
     "before year 0": 2,
@@ -36,6 +28,13 @@ GROUPS = {
     "weekday": 7,
     "hour": 24,
     "minute": 60,
+    "leap year": 2,
+    "day's tens": 4,
+    "day's units": 10,
+    "hour's tens": 3,
+    "hour's units": 10,
+    "minute's tens": 6,
+    "minute's units": 10,
 }
 # Whole milliseconds, so that a phase is exact at any distance; the Gregorian calendar repeats
 # after 400 years, of which the month, the year, the decade and the century are fractions.
@@ -43,6 +42,7 @@ GREGORIAN = 146_097 * DAY
 PERIODS = (
     HOUR, DAY, 7 * DAY, GREGORIAN // 4800, GREGORIAN // 400, GREGORIAN // 40, GREGORIAN // 4,
 )  # fmt: skip
+CENTURY = GREGORIAN // 4
 
 
 def _check(timestamps: torch.Tensor) -> None:
@@ -55,6 +55,19 @@ def _check(timestamps: torch.Tensor) -> None:
 
 def _floor(number: torch.Tensor, divisor: int) -> torch.Tensor:
     return torch.div(number, divisor, rounding_mode="floor")
+
+
+def _tens(number: torch.Tensor) -> torch.Tensor:
+    return _floor(number, 10)
+
+
+def _units(number: torch.Tensor) -> torch.Tensor:
+    return torch.remainder(number, 10)
+
+
+def _is_leap(year: torch.Tensor) -> torch.Tensor:
+    fourth, hundredth, last = (torch.remainder(year, n) == 0 for n in (4, 100, 400))
+    return (fourth & ~hundredth | last).long()
 
 
 def civil(timestamps: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -86,17 +99,19 @@ def civil(timestamps: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
-def calendar(timestamps: torch.Tensor) -> torch.Tensor:
-    """Return one 1 for each field of the date and time, float64 [..., 176]: see GROUPS.
+def calendar(timestamps: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Return one 1 for each field of the date and time, float64 [..., 221]: see GROUPS.
 
     A projection of it is a sum of learned vectors, one for each digit, month, weekday and so on.
-    By construction it hands over the weekday, which a network would otherwise have to work out.
+    By construction it hands over the weekday and the leap years, which a network would otherwise
+    have to work out, and the digits that a date is written with: where each goes is left to learn.
     """
     found = civil(timestamps)
     size = found["year"].abs()
     digits = [torch.remainder(_floor(size, 10**place), 10) for place in (3, 2, 1, 0)]
     rest = [found["month"] - 1, found["day"] - 1, found["weekday"], found["hour"], found["minute"]]
-    values = [(found["year"] < 0).long(), *digits, *rest]
+    pairs = [f(found[k]) for k in ("day", "hour", "minute") for f in (_tens, _units)]
+    values = [(found["year"] < 0).long(), *digits, *rest, _is_leap(found["year"]), *pairs]
     hot = [
         torch.nn.functional.one_hot(value, classes)
         for value, classes in zip(values, GROUPS.values(), strict=True)
@@ -104,36 +119,50 @@ def calendar(timestamps: torch.Tensor) -> torch.Tensor:
     return torch.cat(hot, dim=-1).double()
 
 
-def log(timestamps: torch.Tensor, tau: float = TAU) -> torch.Tensor:
+def log(timestamps: torch.Tensor, *, tau: float = TAU, **_: Any) -> torch.Tensor:
     """Return GemmaTE's own encoding, tau * log(max(t - reference, 1)): float64 [..., 1]."""
     return log_encoding(timestamps, tau)[..., None]
 
 
-def signed_log(timestamps: torch.Tensor, tau: float = TAU) -> torch.Tensor:
+def signed_log(timestamps: torch.Tensor, *, tau: float = TAU, **_: Any) -> torch.Tensor:
     """Return the same with the sign of t - reference, so that before is not one moment."""
     _check(timestamps)
     elapsed = timestamps - REFERENCE_MS
     return (elapsed.sign() * elapsed.abs().clamp(min=1).double().log() * tau)[..., None]
 
 
-def fourier(timestamps: torch.Tensor) -> torch.Tensor:
+def fourier(
+    timestamps: torch.Tensor, *, shift: torch.Tensor | None = None, **_: Any
+) -> torch.Tensor:
     """Return sine and cosine of the phase in each of PERIODS, float64 [..., 14].
 
     The remainder is taken in int64, so that a phase is as sharp in a thousand years as today.
+    shift: what is learned, if the periods are: cycles a century to add to each frequency, [7]. In
+    this unit a step of the optimizer turns no phase far, not even a century from the reference.
     """
     _check(timestamps)
     lengths = torch.tensor(PERIODS, device=timestamps.device)
     elapsed = timestamps[..., None] - REFERENCE_MS
-    angle = torch.remainder(elapsed, lengths).double() / lengths * (2 * math.pi)
+    phase = torch.remainder(elapsed, lengths).double() / lengths
+    if shift is not None:
+        phase = phase + elapsed.double() / CENTURY * shift
+    angle = phase * (2 * math.pi)
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
-Features = Callable[..., torch.Tensor]
-KINDS: dict[str, tuple[Features, int]] = {
-    "log": (log, 1),
-    "signed_log": (signed_log, 1),
-    "fourier": (fourier, 2 * len(PERIODS)),
-    "calendar": (calendar, sum(GROUPS.values())),
+class Kind(NamedTuple):
+    """From timestamps int64 [...], tau and shift to features float64 [..., F], and their number."""
+
+    features: Callable[..., torch.Tensor]
+    size: int
+
+
+KINDS = {
+    "log": Kind(log, 1),
+    "signed_log": Kind(signed_log, 1),
+    "fourier": Kind(fourier, 2 * len(PERIODS)),
+    "learned_fourier": Kind(fourier, 2 * len(PERIODS)),
+    "calendar": Kind(calendar, sum(GROUPS.values())),
 }
 
 

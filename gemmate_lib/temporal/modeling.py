@@ -1,16 +1,16 @@
 """Gemma and Gemma-2 that know what time it is: an encoding of the time in every embedding.
 
-The encoding is added after Gemma's scaling of the embeddings by the root of the width, which sits
-inside `embed_tokens`: it keeps the size it was learned with. Where tokens have times of their own,
-a generated token carries the time of the last one.
+The encoding is added before Gemma's scaling of the embeddings by the root of the width: in effect,
+since that scaling sits inside `embed_tokens`, and the encoder does its own. Where tokens have times
+of their own, a generated token carries the time of the last one.
 
 Shapes: `B` batch, `T` tokens, `D` hidden size, `V` words of the vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,8 +21,16 @@ from transformers import (
 )
 
 from gemmate_lib.config import GemmateError
-from gemmate_lib.temporal.encoder import MISSING, TemporalEncoder, ZeroLinear
+from gemmate_lib.temporal.backbone import (
+    GemmaTE2Config,
+    GemmaTE2Model,
+    GemmaTEConfig,
+    GemmaTEModel,
+    TimedBackbone,
+)
+from gemmate_lib.temporal.encoder import MISSING, TemporalEncoder
 from gemmate_lib.temporal.encoding import TAU
+from gemmate_lib.timestamps import now
 
 __all__ = [
     "MISSING", "GemmaTE2Config", "GemmaTE2ForCausalLM", "GemmaTEConfig", "GemmaTEForCausalLM",
@@ -30,53 +38,22 @@ __all__ = [
 ]  # fmt: skip
 
 
-class _ReadsItsBase:
-    """For a configuration: read also a plain base, whose encoder is still zero."""
-
-    @classmethod
-    def get_config_dict(cls, *args: Any, **kwargs: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-        found, rest = super().get_config_dict(*args, **kwargs)  # type: ignore[misc]
-        if found.get("model_type") in (GemmaConfig.model_type, Gemma2Config.model_type):
-            found = found | {"model_type": cls.model_type}  # type: ignore[attr-defined]
-        return found, rest
-
-
-class GemmaTEConfig(_ReadsItsBase, GemmaConfig):
-    """Gemma's configuration with the kind of encoder and its tau."""
-
-    model_type = "gemma_te"
-    temporal_kind: str = "log"
-    temporal_tau: float = TAU
-
-
-class GemmaTE2Config(_ReadsItsBase, Gemma2Config):
-    """Gemma-2's configuration with the kind of encoder and its tau."""
-
-    model_type = "gemma2_te"
-    temporal_kind: str = "log"
-    temporal_tau: float = TAU
-
-
 class _TimeAware:
-    """For a causal language model: the encoder, and timestamps on their way to it."""
+    """For a causal language model: timestamps on their way to the backbone."""
 
     # Counts for weights found in a file; the encoder's own dtype, for those that are missing.
     _keep_in_fp32_modules_strict = frozenset({"temporal"})
+    backbone: type[TimedBackbone]
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)  # type: ignore[call-arg]
-        kind, tau = config.temporal_kind, config.temporal_tau
-        self.temporal = TemporalEncoder(kind, config.hidden_size, tau=tau)
+        self.model = self.backbone(config)
         self.post_init()  # type: ignore[attr-defined]
 
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        # from_pretrained calls this for weights that a file lacks, and a plain nn.Linear would be
-        # drawn at random here, whatever it was set to before.
-        if isinstance(module, ZeroLinear):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    @property
+    def temporal(self) -> TemporalEncoder:
+        """The encoder of time."""
+        return self.model.temporal
 
     def forward(
         self,
@@ -100,13 +77,6 @@ class _TimeAware:
         hidden in **kwargs would give left-padded prompts wrong positions without a word.
         Raises: GemmateError for another shape or type.
         """
-        if timestamps is not None:
-            if inputs_embeds is None:
-                inputs_embeds = self.get_input_embeddings()(input_ids)  # type: ignore[attr-defined]
-            timestamps = _fitting(timestamps, inputs_embeds)
-            time = self.temporal(timestamps, utc_offsets)
-            inputs_embeds = inputs_embeds + time.to(inputs_embeds.dtype)
-            input_ids = None
         return super().forward(  # type: ignore[misc]
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -116,8 +86,32 @@ class _TimeAware:
             labels=labels,
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
+            timestamps=timestamps,
+            utc_offsets=utc_offsets,
             **kwargs,
         )
+
+    # What a single prompt without a timestamp is asked at; None: it has no time. Yours to set.
+    clock: Callable[[], int] | None = staticmethod(now)
+
+    def generate(self, inputs: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As the base generates; `timestamps` as in `forward`.
+
+        A single prompt without timestamps is asked now; several are asked at no time at all.
+        """
+        prompts = (inputs, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+        given = next((tensor for tensor in prompts if tensor is not None), None)
+        single = given is not None and given.shape[0] == 1
+        if single and self.clock and kwargs.get("timestamps") is None:
+            kwargs["timestamps"] = torch.tensor([self.clock()], device=self.device)  # type: ignore[attr-defined]
+        times = kwargs.get("timestamps")
+        if times is not None and times.ndim == 1:  # once, not again for each token
+            with torch.no_grad():
+                self.model.encoded = times, self.temporal(times, kwargs.get("utc_offsets"))
+        try:
+            return super().generate(inputs, *args, **kwargs)  # type: ignore[misc]
+        finally:
+            self.model.encoded = None
 
     def _update_model_kwargs_for_generation(
         self, outputs: Any, model_kwargs: Any, **rest: Any
@@ -139,32 +133,29 @@ class _TimeAware:
         return inputs
 
 
-def _fitting(timestamps: torch.Tensor, embeds: torch.Tensor) -> torch.Tensor:
-    """The timestamps, if there is one a row [B] or one a token [B, T]."""
-    rows, tokens = embeds.shape[:2]
-    if timestamps.shape not in ((rows,), (rows, tokens)):  # one too few would be broadcast
-        shape = list(timestamps.shape)
-        raise GemmateError(f"timestamps are {shape}. Pass one per row: [{rows}], "
-                           f"or one per token: [{rows}, {tokens}].")  # fmt: skip
-    return timestamps
-
-
 class GemmaTEForCausalLM(_TimeAware, GemmaForCausalLM):
     """Gemma that knows when: without `timestamps`, or untrained, it is Gemma to the bit."""
 
-    config_class = GemmaTEConfig
+    config_class, backbone = GemmaTEConfig, GemmaTEModel
 
 
 class GemmaTE2ForCausalLM(_TimeAware, Gemma2ForCausalLM):
     """Gemma-2 that knows when: without `timestamps`, or untrained, it is Gemma-2 to the bit."""
 
-    config_class = GemmaTE2Config
+    config_class, backbone = GemmaTE2Config, GemmaTE2Model
 
 
-_TWINS: dict[str, tuple[Any, Any]] = {
+TWINS: dict[str, tuple[Any, Any]] = {
     GemmaConfig.model_type: (GemmaTEConfig, GemmaTEForCausalLM),
     Gemma2Config.model_type: (GemmaTE2Config, GemmaTE2ForCausalLM),
 }
+
+
+def twin_of(config: Any, *, kind: str, tau: float) -> tuple[Any, Any]:
+    """The time-aware configuration for a plain one of Gemma or Gemma-2, and its class of model."""
+    config_class, twin = TWINS[config.model_type]
+    content = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    return config_class(**content, temporal_kind=kind, temporal_tau=tau), twin
 
 
 def from_base(model: Any, *, kind: str = "log", tau: float = TAU) -> Any:
@@ -172,16 +163,16 @@ def from_base(model: Any, *, kind: str = "log", tau: float = TAU) -> Any:
 
     Raises: GemmateError for a model that is neither Gemma nor Gemma-2, and for an unknown kind.
     """
-    if model.config.model_type not in _TWINS:
+    if model.config.model_type not in TWINS:
         raise GemmateError(f"{type(model).__name__} has no time-aware twin. Use Gemma or Gemma-2.")
-    config_class, twin = _TWINS[model.config.model_type]
-    content = {k: v for k, v in model.config.to_dict().items() if k != "model_type"}
-    config = config_class(**content, temporal_kind=kind, temporal_tau=tau)
+    config, twin = twin_of(model.config, kind=kind, tau=tau)
     config._attn_implementation = model.config._attn_implementation
     with torch.device("meta"):  # its own weights are never needed
         made = twin(config)
-    made.model, made.lm_head = model.model, model.lm_head
-    made.temporal = TemporalEncoder(kind, config.hidden_size, tau=tau).to(model.device)
+    for name, module in model.model.named_children():
+        setattr(made.model, name, module)
+    made.lm_head = model.lm_head
+    made.model.temporal = TemporalEncoder(kind, config.hidden_size, tau=tau).to(model.device)
     made.generation_config = model.generation_config
     for name in ("is_quantized", "is_loaded_in_4bit", "hf_quantizer", "quantization_method"):
         if hasattr(model, name):  # what Trainer and PEFT ask a quantized model
@@ -189,6 +180,6 @@ def from_base(model: Any, *, kind: str = "log", tau: float = TAU) -> Any:
     return made.train(model.training)
 
 
-for config_class, twin in _TWINS.values():
+for config_class, twin in TWINS.values():
     AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
     AutoModelForCausalLM.register(config_class, twin, exist_ok=True)

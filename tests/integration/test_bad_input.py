@@ -117,7 +117,10 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["generate", "model", "--input", "toy.jsonl", "--output", "out.jsonl"],
         "row 0: no `prompt`",
     ),
-    "no such parameter": (["course", "-p", "lora_x=4"], "No notebook.*Known are: batch_size"),
+    "no such parameter": (
+        ["course", "-p", "lora_x=4"],
+        "No notebook.*Known are: asked, batch_size",
+    ),
     "a wrong type": (["course", "--only", "03", "-p", "lora_r=much"], "lora_r takes int"),
     "a malformed grid": (["course", "--grid", "lora_r"], "no NAME=VALUE"),
 }
@@ -189,7 +192,7 @@ def test_completions_that_cannot_be_written(
     def full(*args: object, **options: object) -> None:
         raise OSError(28, "No space left on device", "out.jsonl")
 
-    monkeypatch.setattr(cli, "_prompts", full)
+    monkeypatch.setattr("gemmate_lib.prompts.read_prompts", full)
     arguments = ["generate", "model", "--input", "toy.jsonl", "--output", "out.jsonl"]
     said = told(*arguments, monkeypatch=monkeypatch, capsys=capsys)
     assert "out.jsonl: No space left on device" in said and "space on the disk" in said
@@ -198,22 +201,23 @@ def test_completions_that_cannot_be_written(
 def test_two_runs_into_one_folder(
     tmp_path: Path, experiment: Callable[..., object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Both start where there is nothing; the slower one says so and takes its files away."""
+    """Both start where there is nothing; the second says so and disturbs the first in nothing."""
     from gemmate_lib import sft
     from gemmate_lib.config import GemmateError
 
-    real = sft.train
+    real, second = sft.train, []
+    short = experiment(**{"max_steps": 1, "eval_every": 0, "dataset.limit": 40})
 
-    def overtaken(*args: object, **options: object) -> object:
-        (tmp_path / "run").mkdir()
-        (tmp_path / "run" / "theirs.txt").write_text("")
+    def meanwhile(*args: object, **options: object) -> object:
+        monkeypatch.setattr(sft, "train", real)
+        with pytest.raises(GemmateError, match="another process is writing it"):
+            sft.finetune_model(short, out=tmp_path / "run")
+        second.append(True)
         return real(*args, **options)
 
-    monkeypatch.setattr(sft, "train", overtaken)
-    short = experiment(**{"max_steps": 1, "eval_every": 0, "dataset.limit": 40})
-    with pytest.raises(GemmateError, match="exists"):
-        sft.finetune_model(short, out=tmp_path / "run")
-    assert [file.name for file in tmp_path.rglob("*")] == ["run", "theirs.txt"]
+    monkeypatch.setattr(sft, "train", meanwhile)
+    run = sft.finetune_model(short, out=tmp_path / "run")
+    assert second and sft.load_run(run.directory).metrics["steps"] == 1
 
 
 @pytest.mark.parametrize(

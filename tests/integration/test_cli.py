@@ -96,6 +96,9 @@ def test_push_is_a_dry_run(run: Path) -> None:
 def test_cards_and_doctor() -> None:
     assert "english_quotes" in call("card", "list")
     assert "synthetic" in call("card", "show", "tiny_quotes")
+    assert "training.batch_size" in call("config", "show", "sst2", "--profile", "t4")
+    shown = json.loads(call("config", "show", "sst2", "--set", "lora.r=2", "--json"))
+    assert shown["lora"]["r"] == 2 and shown["seed"] == 23
     told = call("doctor")
     assert "profile    tiny" in told and "ampere" in told
 

@@ -12,7 +12,8 @@ from transformers import (
     set_seed,
 )
 
-from gemmate_lib.cli import finetune, generate
+from gemmate_lib.cli import finetune
+from gemmate_lib.cli_runs import generate
 from gemmate_lib.config import LoraSettings, ModelConfig
 from gemmate_lib.generate import encode_prompt, generate_texts
 from gemmate_lib.models import (

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_run import make_run
 from transformers import AutoModelForCausalLM, GemmaConfig, set_seed
 
-from gemmate_lib.config import Experiment, GemmateError, LoraSettings, ModelConfig
-from gemmate_lib.manifest import write_manifest
-from gemmate_lib.models import attach_lora, load_base, merge_adapter, save_adapter
+from gemmate_lib.config import GemmateError, ModelConfig
+from gemmate_lib.models import load_base, merge_adapter
 from gemmate_lib.publish import (
     fresh_logits,
     last_logits,
@@ -40,35 +40,18 @@ def home(tmp_path_factory):
     return home
 
 
-def make_run(home, quantization):
-    """A run as fine-tuning leaves it, and the logits it had in memory at the end."""
+def saved_run(home, quantization):
+    """A run with training state in it, and the logits it had in memory at the end."""
     directory = home / f"run-{quantization}"
     model = ModelConfig(id=str(home / "base"), quantization=quantization, device="cpu")
-    loaded = load_base(model)
-    adapted = attach_lora(loaded.model, LoraSettings(), seed=0)
-    torch.manual_seed(1)
-    for name, parameter in adapted.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    save_adapter(adapted, directory / "adapter", loaded.base)
-    loaded.tokenizer.save_pretrained(directory / "adapter")
+    in_memory = make_run(directory, model, PROMPT)
     torch.save({"lr": 1}, directory / "adapter" / "training_args.bin")
-    write_manifest(
-        directory,
-        kind="sft",
-        experiment=Experiment(name="quotes", model=model),
-        facts={},
-        data={},
-        base=loaded.base,
-        metrics={"last_loss": 2.0},
-        timings={},
-    )
-    return load_run(directory), last_logits(adapted, loaded.tokenizer, PROMPT)
+    return load_run(directory), in_memory
 
 
 @pytest.fixture(scope="module")
 def quantized(home):
-    return make_run(home, "nf4")
+    return saved_run(home, "nf4")
 
 
 def _saved(folder):
@@ -103,7 +86,7 @@ def test_a_merged_model_comes_back_exactly(home, quantized):
     in_memory = last_logits(merged.model, merged.tokenizer, PROMPT)
     folder = save_merged(run, home / "merged")
     assert fresh_logits(folder, PROMPT, kind="merged") == in_memory
-    unquantized, adapted = make_run(home, "none")
+    unquantized, adapted = saved_run(home, "none")
     assert unquantized.adapter != run.adapter
     torch.testing.assert_close(*map(torch.tensor, (adapted, in_memory)), atol=1e-4, rtol=1e-4)
 

@@ -33,6 +33,9 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     (tmp_path / "FILE.jsonl").write_text(lines, "utf-8")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Quote: A"}\n', "utf-8")
+    (tmp_path / "questions.jsonl").write_text(
+        '{"prompt": "What year is it?", "timestamp": "2009-02-13"}\n', "utf-8"
+    )
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {
         "PATH": path,

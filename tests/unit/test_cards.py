@@ -172,5 +172,26 @@ def test_english_quotes_with_a_row_too_few_is_refused(monkeypatch):
 
 def test_no_network_has_a_remedy(monkeypatch):
     english_quotes(monkeypatch, [], fault=ConnectionError("Couldn't reach the Hub"))
-    with pytest.raises(GemmateError, match=r"Couldn't reach the Hub.*use tiny_quotes"):
+    with pytest.raises(GemmateError, match=r"Couldn't reach the Hub.*twin: tiny_quotes"):
         load_dataset_splits(DatasetConfig(id="english_quotes"))
+
+
+def test_sst2_is_a_configuration_of_glue_and_its_test_is_glues_validation(monkeypatch):
+    row = {"sentence": "it 's a charming journey . ", "label": 1, "idx": 0}
+    calls = english_quotes(monkeypatch, [row] * 67_349)
+    with pytest.raises(GemmateError, match=r"splits.test: expected 872, found 67349"):
+        load_dataset_splits(DatasetConfig(id="sst2", labels={"0": "negative", "1": "positive"}))
+    revision = read_card("sst2").source.revision
+    assert calls == [
+        (("nyu-mll/glue", "sst2"), {"revision": revision, "split": "train"}),
+        (("nyu-mll/glue", "sst2"), {"revision": revision, "split": "validation"}),
+    ]
+
+
+def test_squad_v2_is_read_whole_from_the_hub(monkeypatch):
+    row = {"id": "1", "title": "T", "context": "Ada met Ben.", "question": "Who?",
+           "answers": {"text": ["Ben"], "answer_start": [8]}}  # fmt: skip
+    calls = english_quotes(monkeypatch, [row] * 130_319)
+    with pytest.raises(GemmateError, match=r"splits.test: expected 11873, found 130319"):
+        load_dataset_splits(DatasetConfig(id="squad_v2"))
+    assert [options["split"] for _, options in calls] == ["train", "validation"]

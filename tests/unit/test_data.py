@@ -195,7 +195,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path, monkeypatch, source, settings,
     monkeypatch.chdir(tmp_path)
     save(tmp_path / "a.jsonl", texts("row"))
     save(tmp_path / "two.jsonl", texts("row", n=2))
-    save(tmp_path / "bare.jsonl", [{"sentence": "x", "label": 1}])
+    save(tmp_path / "bare.jsonl", [{"headline": "x", "label": 1}])
     with pytest.raises(GemmateError, match=told):
         load(source, **settings)
 
@@ -249,6 +249,46 @@ def test_no_text_stands_in_two_splits_and_no_row_vanishes(train, test, seed, thr
         splits = load(folder, split_seed=seed, near_duplicate=threshold, limit=limit)
     assert_no_text_twice(splits, threshold)
     check_books(splits)
+
+
+def test_labels_are_named_and_conflicts_are_noted(tmp_path):
+    rows = [{"sentence": f"row number {i} ", "label": i % 2} for i in range(40)]
+    rows += [{"sentence": "Row, number 3!", "label": 0}, {"sentence": "hidden", "label": -1}]
+    settings = {"labels": {0: "negative", 1: "positive"}, "near_duplicate": 1.0}
+    splits = load(save(tmp_path / "a.jsonl", rows), test_fraction=0, validation_fraction=0,
+                  **settings)  # fmt: skip
+    check_books(splits)
+    assert {row.fields["label"] for row in splits.train} == {"negative", "positive"}
+    assert splits.report.conflicts == 1 and splits.report.missing_field == 1
+    assert splits.report.kept == 41  # noted, not dropped: which of the two is right, nobody knows
+    assert "1 noted: has a text that stands there with another label (row" in "\n".join(
+        splits.report.lines()
+    )
+
+
+def test_questions_about_a_paragraph_stay_in_one_split(tmp_path):
+    rows = [
+        {"context": f"Paragraph {i // 3} says {i // 3}.", "question": f"What is {i}?",
+         "answers": {"text": [str(i // 3)], "answer_start": [10]}}
+        for i in range(300)
+    ]  # fmt: skip
+    path = save(tmp_path / "a.jsonl", rows)
+    splits = load(path, validation_fraction=0.2, test_fraction=0.2, near_duplicate=1.0)
+    check_books(splits)
+    seen = [{row.fields["context"] for row in rows} for rows in parts(splits)]
+    assert not seen[0] & seen[1] and not seen[0] & seen[2] and not seen[1] & seen[2]
+    assert [len(part) for part in parts(splits)] == [180, 60, 60]
+
+
+def test_real_questions_in_squads_own_nested_file(real):
+    path = real("squad_v2_cs224n_dev.json")
+    splits = load(path, near_duplicate=1.0)
+    check_books(splits)
+    report = splits.report
+    assert (report.form, report.read) == ("reading", 6078)
+    rows = [row for part in parts(splits) for row in part]
+    assert sum(row.completion == " unanswerable" for row in rows) == pytest.approx(3168, abs=5)
+    assert all(row.soft.keep for row in rows if row.completion != " unanswerable")
 
 
 def test_real_quotes(real):

@@ -12,9 +12,9 @@ from gemmate_lib import evaluate, metrics
 from gemmate_lib.config import GemmateError, ModelConfig
 from gemmate_lib.data import DataReport, Row, Splits
 from gemmate_lib.evaluate import compare_models, evaluate_model, general_texts, write_evaluation
+from gemmate_lib.forms import QUOTE_TEMPLATE
 from gemmate_lib.generate import Completion
 from gemmate_lib.models import load_base, load_tokenizer
-from gemmate_lib.rows import QUOTE_TEMPLATE
 from gemmate_lib.stats import wilson
 
 LIMITS = {"max_length": 128, "max_new_tokens": 12, "batch_size": 8}
@@ -64,7 +64,7 @@ def script(monkeypatch):
     """Put answers in the model's mouth: prompt -> (text, stopped)."""
 
     def put(answer):
-        def write(model, tokenizer, prompts, *, max_new_tokens, batch_size):
+        def write(model, tokenizer, prompts, *, max_new_tokens, batch_size, timestamps):
             asked.append((list(prompts), max_new_tokens))
             return [
                 Completion(p, answer(p)[0], len(answer(p)[0].split()), answer(p)[1])

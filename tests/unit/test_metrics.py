@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from gemmate_lib import metrics as m
 from gemmate_lib.config import GemmateError
 from gemmate_lib.data import Encoded, Row, encode
+from gemmate_lib.forms import QUOTE_TEMPLATE
 from gemmate_lib.models import load_tokenizer
-from gemmate_lib.rows import QUOTE_TEMPLATE
 
 QUOTES = [
     ("Never trust silence that has no meaning.", "Ada Penhallow"),

@@ -1,16 +1,13 @@
 """What goes up: the card, the clean folder, the plan, the push, and what comes back."""
 
-import base64
 import hashlib
 import json
 import re
 import subprocess
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
 
 import pytest
 import yaml
+from hub_server import KNOWN, SECRET, logged_in
 
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.evaluate import Evaluation
@@ -27,7 +24,7 @@ from gemmate_lib.publish import (
 from gemmate_lib.sft import load_run
 from gemmate_lib.stats import Interval
 
-SECRET = "hf_thisIsNoRealToken"  # pragma: allowlist secret
+pytestmark = KNOWN
 PLANTED = [
     "adapter/training_args.bin",
     "adapter/optimizer.pt",
@@ -242,88 +239,13 @@ def test_differences_are_named(staged, tmp_path):
     ]
 
 
-# The Hub, imitated: what the real client asks is answered from memory
-
-
-class Hub(BaseHTTPRequestHandler):
-    files: ClassVar[dict[str, bytes]] = {}
-    refuse: int = 0  # a status for every request
-    private: bool = True
-    asked: ClassVar[list[str]] = []
-
-    def _answer(self, content=b"", *, status=200, **headers):
-        self.send_response(status)
-        for name, value in (headers | {"Content-Length": str(len(content))}).items():
-            self.send_header(name.replace("_", "-"), value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def _any(self):
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        Hub.asked.append(f"{self.command} {self.path}")
-        if Hub.refuse:
-            return self._answer(status=Hub.refuse)
-        if "/resolve/" in self.path:
-            content = Hub.files[self.path.rpartition("/")[2]]
-            etag = f'"{hashlib.sha1(content).hexdigest()}"'
-            return self._answer(content, ETag=etag, X_Repo_Commit="c" * 40)
-        return self._answer(json.dumps(self._json(body)).encode(), Content_Type="application/json")
-
-    def _json(self, body):
-        if self.path == "/api/repos/create":
-            Hub.created = json.loads(body)
-            return {"url": f"http://{self.headers['Host']}/ada/quotes"}
-        if self.path.endswith("/preupload/main"):
-            paths = [file["path"] for file in json.loads(body)["files"]]
-            return {
-                "files": [
-                    {"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths
-                ]
-            }
-        if self.path.endswith("/commit/main"):
-            for line in map(json.loads, body.splitlines()):
-                if line["key"] == "file":
-                    value = line["value"]
-                    Hub.files[value["path"]] = base64.b64decode(value["content"])
-            url = f"http://{self.headers['Host']}/ada/quotes/commit/{'c' * 40}"
-            return {"commitOid": "c" * 40, "commitUrl": url}
-        if "/tree/" in self.path:
-            return [
-                {"type": "file", "path": name, "size": len(content), "oid": "0"}
-                for name, content in Hub.files.items()
-            ]
-        siblings = [{"rfilename": name} for name in Hub.files]
-        return {
-            "id": "ada/quotes", "sha": "c" * 40, "private": Hub.private, "siblings": siblings,
-            "tags": [], "downloads": 0, "likes": 0, "warnings": [], "errors": [],
-        }  # fmt: skip
-
-    do_GET = do_POST = do_HEAD = _any
-
-    def log_message(self, *args):
-        pass
+# The Hub, imitated
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """A Hub on the loopback, and somebody logged in to it."""
-    from huggingface_hub import constants
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-    monkeypatch.setenv("NO_PROXY", "*")
-    monkeypatch.setenv("HF_TOKEN", SECRET)
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    endpoint, template = f"http://127.0.0.1:{server.server_port}", "HUGGINGFACE_CO_URL_TEMPLATE"
-    address = getattr(constants, template).replace(constants.ENDPOINT, endpoint)
-    monkeypatch.setattr(constants, template, address)
-    monkeypatch.setattr(constants, "ENDPOINT", endpoint)
-    Hub.files, Hub.refuse, Hub.private, Hub.asked = {}, 0, True, []
-    yield Hub
-    server.shutdown()
-    server.server_close()
+    with logged_in(monkeypatch, tmp_path) as hub:
+        yield hub
 
 
 def test_a_dry_run_asks_nobody(staged, hub, monkeypatch):
@@ -334,30 +256,34 @@ def test_a_dry_run_asks_nobody(staged, hub, monkeypatch):
         push(staged, "no name")
 
 
-def test_what_is_planned_goes_up_and_comes_back(staged, hub):
+def test_what_is_planned_goes_up_and_comes_back(staged, hub, tmp_path):
     result = push(staged, "ada/quotes", dry_run=False)
-    assert hub.created["visibility"] == "private" and result.commit == "c" * 40
-    assert sorted(hub.files) == [file.file for file in result.plan]
-    hub.files[".gitattributes"] = b"of the Hub's own making"
+    repository = hub.repositories["ada/quotes"]
+    assert repository.private and result.commit == repository.head
+    assert len(repository.commits) == 2  # the Hub's own and one of ours
+    assert sorted(hub.files()) == [file.file for file in result.plan]
     assert pull_and_verify("ada/quotes", result.plan) == []
-    hub.files["adapter_model.safetensors"] = b"other bytes"
+    repository.commit(hub.files() | {"adapter_model.safetensors": b"other bytes"})
     assert pull_and_verify("ada/quotes", result.plan) == ["adapter_model.safetensors: other bytes"]
+    assert pull_and_verify("ada/quotes", result.plan, revision=result.commit) == []
+    assert not (tmp_path / "cache").exists()  # nothing was taken from the user's, or left there
 
 
 def test_a_public_repository_is_no_place_for_a_private_push(staged, hub):
-    hub.private = False
+    hub.add("ada/quotes", private=False)
     with pytest.raises(GemmateError, match="ada/quotes is public"):
         push(staged, "ada/quotes", dry_run=False)
-    assert hub.files == {}
+    assert hub.files() == {}
     push(staged, "ada/quotes", dry_run=False, private=False)
-    assert hub.created["visibility"] == "public" and hub.files
+    push(staged, "ada/open", dry_run=False, private=False)
+    assert hub.files() and not hub.repositories["ada/open"].private
 
 
 @pytest.mark.parametrize(
     ("status", "remedy"), [(401, "new write token"), (403, "new write token"), (404, "USER/NAME")]
 )
 def test_a_refused_push_has_a_remedy_and_keeps_the_secret(staged, hub, status, remedy):
-    hub.refuse = status
+    hub.fail("", status, times=99)
     with pytest.raises(GemmateError, match=f"Cannot push to ada/quotes: .*{remedy}") as error:
         push(staged, "ada/quotes", dry_run=False)
     assert SECRET not in str(error.value)

@@ -101,3 +101,20 @@ def test_the_workflow_runs_what_the_readme_says() -> None:
     assert any("gemmate course" in step.get("run", "") for step in jobs["newest"]["steps"])
     for form in (ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml"):
         assert yaml.safe_load(form.read_text("utf-8"))
+
+
+def test_the_readmes_table_of_encodings_is_the_measured_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from temporal_report import failures, readme_table
+
+    found = json.loads((ROOT / "benchmarks/temporal.json").read_text("utf-8"))
+    assert readme_table(found) in (ROOT / "README.md").read_text("utf-8")
+    worse = json.loads(json.dumps(found))
+    for run in worse["headline"].values():
+        run["exact_match"]["held-out years, before 2006"]["time"] = 0.98
+    worse["language"]["drift"]["gain"]["calendar, true against none, true"] = [-0.1, -0.3, 0.1]
+    said = "\n".join(failures(worse))
+    assert "time 0.980 in held-out years, before 2006, required 0.99" in said
+    assert "drift: calendar, true against none, true shows no gain" in said

@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from gemmate_lib.config import GemmateError
-from gemmate_lib.rows import Row, as_text, encode, find_form, render
+from gemmate_lib.forms import as_text, find_form, render
+from gemmate_lib.rows import Row, encode
 
 CHAT = (
     "{{ bos_token }}{% for m in messages %}"
@@ -62,7 +63,7 @@ def test_forms_are_told_by_their_columns():
 @pytest.mark.parametrize(
     ("columns", "template", "told"),
     [
-        (["sentence", "label"], None, r"\['label', 'sentence'\] match no form"),
+        (["headline", "label"], None, r"\['headline', 'label'\] match no form"),
         (["sentence"], "{sentense}", "Did you mean 'sentence'"),
         (["sentence"], "{sentence.__class__}", "no column"),
         (["sentence"], "{", "Mend it"),

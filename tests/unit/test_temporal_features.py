@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from gemmate_lib.config import GemmateError
 from gemmate_lib.temporal import features as f
+from gemmate_lib.temporal.encoder import TemporalEncoder
 from gemmate_lib.temporal.encoding import DAY, REFERENCE, REFERENCE_MS, to_timestamp
 
 UTC = datetime.UTC
@@ -69,9 +70,30 @@ def test_the_calendars_features_give_back_the_date(timestamp: int) -> None:
     moment = torch.tensor([timestamp])
     groups = f.calendar(moment)[0].split(list(f.GROUPS.values()))
     assert all(group.sum() == 1 for group in groups)
-    sign, *digits, month, day, weekday, hour, minute = (int(group.argmax()) for group in groups)
+    found = [int(group.argmax()) for group in groups]
+    sign, *digits = found[:5]
+    month, day, weekday, hour, minute = found[5:10]
     year = int("".join(map(str, digits))) * (-1 if sign else 1)
     assert fields(moment) == [(year, month + 1, day + 1, weekday, hour, minute)]
+    assert found[10] == (1 if year % 4 == 0 and (year % 100 != 0 or year % 400 == 0) else 0)
+    pairs = [(found[11], found[12]), (found[13], found[14]), (found[15], found[16])]
+    assert [10 * tens + units for tens, units in pairs] == [day + 1, hour, minute]
+
+
+def test_learned_periods_start_as_the_fixed_ones_and_learn() -> None:
+    moments = torch.tensor([0, REFERENCE_MS + 3 * DAY, f.LATEST])
+    fixed, learned = (TemporalEncoder(kind, 8) for kind in ("fourier", "learned_fourier"))
+    assert torch.equal(fixed.features(moments), learned.features(moments))
+    torch.nn.init.normal_(learned.projection.weight)
+    learned(moments).sum().backward()
+    assert learned.shift is not None and learned.shift.grad is not None
+    assert (learned.shift.grad != 0).all()
+    # One cycle more a century: where the fixed phase has come back, this one is a cycle on.
+    learned.shift.data[0] = 1.0
+    later = torch.tensor([REFERENCE_MS, REFERENCE_MS + f.CENTURY])
+    torch.testing.assert_close(*learned.features(later)[:, [0, len(f.PERIODS)]], atol=1e-6, rtol=0)
+    half = torch.tensor([REFERENCE_MS + f.CENTURY // 2])  # whole hours: only the shift turns it
+    assert learned.features(half)[0, len(f.PERIODS)].item() == pytest.approx(-1, abs=1e-6)
 
 
 def test_signed_log_tells_before_from_after() -> None:

@@ -1,0 +1,151 @@
+"""What the runs of `temporal.py` show: tables for people, and whether the claims hold."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from gemmate_lib.stats import bootstrap, paired_bootstrap, wilson
+
+REQUIRED = {
+    "date": 0.99, "weekday": 0.99, "time": 0.99, "year": 0.99, "yesterday": 0.98, "tomorrow": 0.98,
+    "a week ago": 0.98, "in ten days": 0.98, "a month ago": 0.98, "holiday": 0.98,
+}  # fmt: skip
+RELATIVE = ("yesterday", "tomorrow", "a week ago", "in ten days", "a month ago")
+GROUPS = {
+    "date": ("date",), "weekday": ("weekday",), "time": ("time",), "year": ("year",),
+    "relative": RELATIVE, "holiday": ("holiday",),
+}  # fmt: skip
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def report(results: Results) -> dict[str, Any]:
+    """Everything that the runs show, ready for JSON."""
+    found: dict[str, Any] = {"headline": {}, "questions": {}, "language": {}}
+    for name, result in results.items():
+        part, _, rest = name.partition(" ")
+        if part == "headline":
+            found["headline"][rest] = {
+                "training_s": result["seconds"],
+                "exact_match": {
+                    place: {kind: hits / n for kind, (hits, n) in kinds.items()}
+                    for place, kinds in result["exam"].items()
+                },
+                "n": max(n for kinds in result["exam"].values() for _, n in kinds.values()),
+            } | {key: value for key, value in result.items() if key.startswith("general")}
+    arms = {name.split(" ")[1] for name in results if name.startswith("questions ")}
+    for arm in sorted(arms):
+        seeds = [r for n, r in results.items() if n.startswith(f"questions {arm} ")]
+        found["questions"][arm] = _scores([seed["exam"] for seed in seeds]) | {"seeds": len(seeds)}
+    for data in ("drift", "events"):
+        runs = {n.split(" ")[1]: r for n, r in results.items() if n.startswith(f"{data} ")}
+        if runs:
+            found["language"][data] = _language(runs)
+    return found
+
+
+def _scores(exams: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Exact match by group of kinds, in seen and in held-out years, all seeds and splits pooled."""
+    scores: dict[str, Any] = {}
+    for years in ("seen", "held-out"):
+        for group, kinds in GROUPS.items():
+            pairs = [
+                exam[place][kind] for exam in exams for place in exam if place.startswith(years)
+                for kind in kinds
+            ]  # fmt: skip
+            share = wilson(sum(hits for hits, _ in pairs), sum(n for _, n in pairs))
+            scores[f"{group}, {years} years"] = [share.value, share.low, share.high]
+    return scores
+
+
+def _language(runs: Results) -> dict[str, Any]:
+    """Mean loss of each arm and time, and what the true time gains: nats a text, with intervals."""
+    losses = {f"{arm}, {time}": v for arm, r in runs.items() for time, v in r["losses"].items()}
+    found: dict[str, Any] = {"loss": {}, "gain": {}}
+    for name, values in losses.items():
+        mean = bootstrap(values)
+        time = name.split(", ")[1]  # what is best is the same for every arm
+        label = time if time.startswith("best") else name
+        found["loss"][label] = [mean.value, mean.low, mean.high]
+    true = losses.get("calendar, true")
+    for name in ("calendar, shuffled", "calendar, missing", "none, true", "text, true",
+                 "text, shuffled"):  # fmt: skip
+        if true and name in losses:
+            gain = paired_bootstrap(losses[name], true, higher_is_better=False).difference
+            found["gain"][f"calendar, true against {name}"] = [gain.value, gain.low, gain.high]
+    found["n"] = len(next(iter(losses.values())))
+    return found
+
+
+def lines(found: Mapping[str, Any]) -> Iterator[str]:
+    """The tables in Markdown."""
+    for name, run in found["headline"].items():
+        seconds = f"{run['training_s']:.0f} s of training"
+        yield f"\ncalendar, {name}: {seconds}, {run['n']} questions of each kind\n"
+        places = run["exact_match"]
+        yield "| question | " + " | ".join(places) + " | required |"
+        yield "| --- " * (len(places) + 2) + "|"
+        for kind in next(iter(places.values())):
+            shares = " | ".join(f"{kinds[kind]:.3f}" for kinds in places.values())
+            yield f"| {kind} | {shares} | {REQUIRED.get(kind, '')} |"
+        lost = ", ".join(f"{k.split(', ')[1]} {v:.3g}" for k, v in run.items() if "general" in k)
+        yield f"\ngeneral perplexity: {lost}"
+    if found["questions"]:
+        yield "\nexact match, seen / held-out years, every encoding trained alike\n"
+        yield "| encoding | seeds | " + " | ".join(GROUPS) + " |"
+        yield "| --- " * (len(GROUPS) + 2) + "|"
+        for arm, scores in found["questions"].items():
+            both = (
+                " / ".join(f"{scores[f'{group}, {y} years'][0]:.2f}" for y in ("seen", "held-out"))
+                for group in GROUPS
+            )
+            yield f"| {arm} | {scores['seeds']} | " + " | ".join(both) + " |"
+    for data, part in found["language"].items():
+        yield f"\n{data}: nats a text, {part['n']} texts\n"
+        yield "| | mean | 95 % |\n| --- | --- | --- |"
+        for name, (value, low, high) in (part["loss"] | part["gain"]).items():
+            yield f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} |"
+    if cost := found.get("cost"):
+        yield "\nwhat it costs, against the base\n"
+        yield "| | ratio | range |\n| --- | --- | --- |"
+        for name, values in cost.items():
+            if isinstance(values, list):
+                yield f"| {name} | {values[0]:.3f} | {values[1]:.3f} to {values[2]:.3f} |"
+            else:
+                yield f"| {name} | {values} | |"
+
+
+def readme_table(found: Mapping[str, Any]) -> str:
+    """The README's table: right answers in years that training never saw."""
+    rows = ["| right answers in held-out years | " + " | ".join(GROUPS) + " |"]
+    rows.append("| --- |" + " ---: |" * len(GROUPS))
+    order = ("none", "log", "signed_log", "fourier", "learned_fourier", "text", "calendar")
+    for arm in order:
+        shares = (found["questions"][arm][f"{group}, held-out years"][0] for group in GROUPS)
+        name = "log (the original)" if arm == "log" else arm
+        rows.append(f"| {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |")
+    for name, run in found["headline"].items():
+        places = [kinds for place, kinds in run["exact_match"].items() if "held-out" in place]
+        shares = (
+            sum(kinds[k] for kinds in places for k in GROUPS[group])
+            / (len(places) * len(GROUPS[group]))
+            for group in GROUPS
+        )
+        rows.append(
+            f"| calendar, {name} | " + " | ".join(f"{share:.2f}" for share in shares) + " |"
+        )
+    return "\n".join(rows)
+
+
+def failures(found: Mapping[str, Any]) -> list[str]:
+    """What was claimed and does not hold; one headline that reaches every number is enough."""
+    missed = []
+    for name, run in found["headline"].items():
+        missed.append([
+            f"{name}: {kind} {kinds[kind]:.3f} in {place}, required {least}"
+            for place, kinds in run["exact_match"].items()
+            for kind, least in REQUIRED.items() if kinds[kind] < least
+        ])  # fmt: skip
+    said = [] if [] in missed else [line for lines in missed for line in lines]
+    for data, part in found["language"].items():
+        said += [f"{data}: {name} shows no gain" for name, (_, _, high) in part["gain"].items()
+                 if "text" not in name and high >= 0]  # fmt: skip
+    return said

@@ -1,0 +1,171 @@
+"""Where a run begins: in a new folder, or at a checkpoint that belongs to the very same run."""
+
+import contextlib
+import json
+import logging
+import re
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from gemmate_lib import checkpoints
+from gemmate_lib.callbacks import Keeping
+from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.manifest import package_versions
+from gemmate_lib.settings import flatten
+from gemmate_lib.storage import FsspecStorage
+
+log = logging.getLogger("gemmate")
+FOLDER, MARK = "checkpoints", ".unfinished"  # the mark is locked while a process writes the run
+# Settings that decide what is kept, said or done afterwards, and not what is computed.
+WITHOUT_EFFECT = {
+    "name", "profile", "training.recipe", "training.tracker", "training.remote_path",
+    "training.save_every", "training.save_strategy", "training.save_optim", "training.keep_last_n",
+    "training.keep_best_n", "training.checkpoint_metric", "training.checkpoint_metric_mode",
+}  # fmt: skip
+OPTIMIZER = "training.save_optim"  # what to allow in order to go on without its state
+
+# Of the system, of safetensors, and of torch's two writers.
+_FULL = re.compile(r"No space left|File too large|os error (27|28)\b|failed writing|iostream error")
+
+
+def identity_of(
+    experiment: Experiment, checksums: Mapping[str, Any], base: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that decides the result of a run, by key: settings, rows, base weights, packages."""
+    settings = json.loads(json.dumps(flatten(experiment)))  # as a manifest has them
+    found = {
+        key: value
+        for key, value in settings.items()
+        if key not in WITHOUT_EFFECT and not key.startswith("generation.")
+    }
+    found |= {f"rows.{split}": digest for split, digest in checksums.items()}
+    found["base.weights_sha256"] = base["weights_sha256"]
+    return found | {f"package.{name}": version for name, version in package_versions().items()}
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run begins: at a checkpoint, or at step 0."""
+
+    path: Path | None = None
+    step: int = 0
+    skipped: list[str] = field(default_factory=list)
+    allowed: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any] | None:
+        """For the manifest; None for a run that began at step 0."""
+        if self.path is None:
+            return None
+        return {"step": self.step, "skipped": self.skipped, "allowed": self.allowed}
+
+
+def unfinished(out: Path) -> bool:
+    """Whether a folder holds a run that was begun and not ended."""
+    return (out / MARK).is_file() and not (out / "manifest.json").is_file()
+
+
+def check_new(out: Path, *, resume: str | None = None) -> None:
+    """Raise GemmateError where a run may not be written to a folder."""
+    begun = unfinished(out)
+    if begun and not resume and checkpoints.paths(out / FOLDER):
+        raise GemmateError(f"{out} holds a run that did not finish. Go on with --resume last, or "
+                           "delete it.")  # fmt: skip
+    if out.exists() and not begun:
+        raise GemmateError(f"{out} exists. Give --out another folder, or delete it.")
+
+
+@contextlib.contextmanager
+def work_in(out: Path) -> Iterator[Path]:
+    """The folder of a run, ours alone; gone again on a failure, but for its checkpoints."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(out / MARK, timeout=0):
+            _leave_checkpoints(out)  # what a killed process left half done
+            yield out
+    except Timeout:
+        raise GemmateError(f"{out} exists: another process is writing it. Wait for it.") from None
+    except BaseException as error:
+        _leave_checkpoints(out)
+        if not checkpoints.paths(out / FOLDER):
+            shutil.rmtree(out, ignore_errors=True)
+        if _FULL.search(str(error)):
+            remedy = "Free some, or give --out a folder on another disk."
+            raise GemmateError(f"There is no room to write {out}. {remedy}") from error
+        raise
+    (out / MARK).unlink(missing_ok=True)
+
+
+def _leave_checkpoints(out: Path) -> None:
+    for path in out.iterdir():
+        if path.name in (FOLDER, MARK):
+            continue
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def find_start(
+    out: Path,
+    experiment: Experiment,
+    identity: Mapping[str, Any],
+    *,
+    resume: str | None,
+    allowed: Collection[str],
+) -> Start:
+    """The checkpoint to go on from, once it verifies and belongs to this run.
+
+    Raises: GemmateError listing what differs, or where no checkpoint is sound.
+    """
+    if resume is None:
+        return Start()
+    folder, settings = out / FOLDER, experiment.training
+    if settings.remote_path and resume in ("last", "best"):
+        fetch(FsspecStorage(settings.remote_path), folder)
+    if resume in ("last", "best") and not checkpoints.paths(folder):
+        log.info("There is no checkpoint in %s: the run begins at the start.", folder)
+        return Start()
+    found = checkpoints.choose(
+        folder,
+        resume,
+        metric=settings.checkpoint_metric,
+        mode=settings.checkpoint_metric_mode,
+    )
+    for fault in found.skipped:
+        log.warning("skipped %s", fault)
+    changed = checkpoints.differences(found.checkpoint.identity, identity)
+    if not found.checkpoint.manifest["optimizer"]:
+        changed[OPTIMIZER] = (False, "needed to resume exactly")
+    if refused := {key: both for key, both in changed.items() if key not in allowed}:
+        lines = "; ".join(f"{key}: {then} then, {now} now" for key, (then, now) in refused.items())
+        name = found.checkpoint.path.name
+        raise GemmateError(f"{name} belongs to another run. {lines}. Set them back, or override "
+                           "each with --allow-changed KEY.")  # fmt: skip
+    kept = {key: list(both) for key, both in changed.items()}
+    return Start(found.checkpoint.path, found.checkpoint.step, found.skipped, kept)
+
+
+def fetch(storage: FsspecStorage, folder: Path) -> None:
+    """Fetch the newest checkpoint of a storage, where it is newer than what is here."""
+    here = [path.name for path in checkpoints.paths(folder)[:1]]
+    there = storage.names()[:1]
+    newest = max(here + there, key=lambda name: checkpoints.step_of(name) or 0, default=None)
+    if newest is not None and newest not in here:
+        storage.load_from_storage(newest, folder)
+
+
+def keeping_for(experiment: Experiment, out: Path, identity: dict[str, Any]) -> Keeping:
+    """What is kept of a run's checkpoints; early stopping goes back to the best, so it stays."""
+    settings = experiment.training
+    return Keeping(
+        folder=out / FOLDER,
+        identity=identity,
+        keep_last_n=settings.keep_last_n,
+        keep_best_n=max(settings.keep_best_n, settings.stops_early),
+        metric=settings.checkpoint_metric,
+        mode=settings.checkpoint_metric_mode,
+        optimizer=settings.save_optim,
+        storage=FsspecStorage(settings.remote_path) if settings.remote_path else None,
+    )
