@@ -33,7 +33,7 @@ unit: $(VENV)/.made
 test-slow: $(VENV)/.made ## What takes longer: electives, solutions, another machine, no network, wheel, rebuild, true shape
 	$(NBVAL) $(ELECTIVES) notebooks/solutions
 	sh tests/notebooks/machines.sh "avx2 2"
-	$(PYTEST) -m "slow and not gpu and not release" --durations=12
+	$(PYTEST) --no-loadscope-reorder -m "slow and not gpu and not release" --durations=12
 
 release: $(VENV)/.made ## What only a release needs: the second embedded model rebuilt, intervals with all resamples
 	$(PYTEST) -m "release and not gpu"

@@ -17,6 +17,11 @@ machine.quiet()
 machine.prepare(seed=0, threads=1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest, or one worker ends with it while the other one has nothing to do."""
+    items.sort(key=lambda item: "whole_rebuild" not in item.nodeid)
+
+
 @pytest.fixture(autouse=True)
 def runs_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the runs of tests out of the checkout."""
