@@ -10,7 +10,7 @@ ELECTIVES := $(filter-out $(CORE),$(wildcard notebooks/[0-9][0-9]_*.ipynb))
 NBVAL := GEMMATE_PROFILE=tiny $(BIN)/python tests/offline.py $(PYTEST) --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout=1200 -W ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help course test test-slow release lint types notebooks stamp machines faults lab bench lock outputs readme clean
+.PHONY: help course test test-slow release lint types notebooks settings stamp machines faults lab bench lock outputs readme clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -61,6 +61,9 @@ outputs: $(VENV)/.made ## Run every notebook in place and store its outputs
 
 readme: $(VENV)/.made ## Measure the results again and write the README's generated tables
 	$(BIN)/python tests/integration/test_results.py
+
+settings: $(VENV)/.made ## Write the table of all settings
+	$(BIN)/gemmate config settings > gemmate_lib/experiments/README.md
 
 stamp: ## Write badges and install cells from the repository's URL in pyproject.toml
 	$(PYTHON) tests/notebooks/stamp.py

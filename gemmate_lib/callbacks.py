@@ -134,6 +134,7 @@ class Keeping:
     metric: str
     mode: checkpoints.Mode
     optimizer: bool = True
+    epochs: int = 1  # between checkpoints, where those are counted in epochs
     storage: Storage | None = None
 
 
@@ -161,7 +162,7 @@ class Checkpointing(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """The best epoch can only be told where each is measured; half of one is no epoch."""
-        whole = float(state.epoch).is_integer()
+        whole = float(state.epoch) % self.keeping.epochs == 0
         if args.save_strategy == "epoch":
             control.should_evaluate = whole and self.keeping.keep_best_n > 0
             control.should_save = whole

@@ -75,7 +75,10 @@ def course(
 @app.command()
 def finetune(
     experiment: Annotated[str, typer.Argument(help="A shipped experiment, or a .yaml file.")],
-    out: Annotated[Path, typer.Option(help="Folder of the run; a new one, but with --resume.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run, a new one but with --resume; default runs/<name>."),
+    ] = None,
     settings: Overrides = None,
     profile: Profile = "auto",
     explain: Annotated[bool, typer.Option(help="Print every setting with its reason.")] = False,
@@ -100,8 +103,10 @@ def finetune(
     typer.echo(f"profile {resolved.experiment.profile}: {resolved.reasons['profile']}")
     from gemmate_lib.callbacks import Interrupted
     from gemmate_lib.evaluate import evaluate_run
-    from gemmate_lib.sft import check_new, finetune_model, load_splits
+    from gemmate_lib.sft import check_new, finetune_model, home_of, load_splits
 
+    out = out or home_of(resolved.experiment) / resolved.experiment.name
+    resume = resume or resolved.experiment.checkpoint.resume
     check_new(out, resume=resume)
     splits = load_splits(resolved.experiment)
     typer.echo("\n".join(splits.report.lines()))

@@ -62,24 +62,34 @@ def verify(run: RunFolder, as_json: AsJson = False) -> None:
 def compare(
     run_a: Annotated[str, typer.Argument(help="A run's folder, or `base` for the base of RUN_B.")],
     run_b: RunFolder,
+    changed: Annotated[
+        str | None, typer.Option(help="Show the ten rows that this metric changed most.")
+    ] = None,
     as_json: AsJson = False,
     limit: Limit = None,
 ) -> None:
     """Compare two runs on the same test rows, with paired intervals."""
     from dataclasses import asdict
 
-    from gemmate_lib.evaluate import compare_models, evaluate_run
+    from gemmate_lib.evaluate import changed_most, compare_models, evaluate_run
     from gemmate_lib.sft import load_run
 
     second = load_run(run_b)
     first = second if run_a == "base" else load_run(run_a)
     before = evaluate_run(first, limit=limit, base_only=run_a == "base", save=False)
-    found = compare_models(before, evaluate_run(second, limit=limit, save=False))
+    after = evaluate_run(second, limit=limit, save=False)
+    found = compare_models(before, after)
+    rows = changed_most(before, after, changed) if changed else []
     if as_json:
-        typer.echo(json.dumps({name: asdict(item) for name, item in found.items()}))
+        both = {name: asdict(item) for name, item in found.items()}
+        typer.echo(json.dumps(both | ({"changed": rows} if changed else {})))
         return
     for name, item in found.items():
         typer.echo(f"{name:<24}{item.difference}  p={item.p_value:.3g}  {item.verdict()}")
+    for row in rows:
+        typer.echo(f"\n{row['prompt']!r}")
+        for said, number in zip(("before", "after"), row[str(changed)], strict=True):
+            typer.echo(f"{said:>8} {number:7.3g}  {row[said]!r}")
 
 
 @runs_app.command()

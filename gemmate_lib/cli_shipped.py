@@ -65,6 +65,14 @@ def card_show(name: str) -> None:
     typer.echo(read_card(name).path.read_text("utf-8"))
 
 
+@config_app.command("settings")
+def config_settings() -> None:
+    """Print the table of all settings, as Markdown: names, default, unit and meaning."""
+    from gemmate_lib.keys import settings_table
+
+    typer.echo(settings_table())
+
+
 @config_app.command("show")
 def config_show(
     experiment: Annotated[str, typer.Argument(help="A shipped experiment, or a .yaml file.")],

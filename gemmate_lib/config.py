@@ -16,9 +16,15 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from gemmate_lib.settings import (  # noqa: F401  (the models belong to this interface)
+from gemmate_lib.keys import (  # noqa: F401  (names and models belong to this interface)
     GROUPS,
     KEYS,
+    among,
+    flatten,
+    read_setting,
+)
+from gemmate_lib.settings import (  # noqa: F401
+    CheckpointConfig,
     DatasetConfig,
     Experiment,
     Facts,
@@ -26,10 +32,8 @@ from gemmate_lib.settings import (  # noqa: F401  (the models belong to this int
     GenerationSettings,
     LoraSettings,
     ModelConfig,
+    TrackingConfig,
     TrainingConfig,
-    among,
-    find_key,
-    flatten,
 )
 
 # The same bytes for every reader; other models stay unpinned unless `model.revision` is set.
@@ -168,7 +172,8 @@ def _layer(settings: Mapping[str, Any], reason: str, group: str = "") -> Layer:
         elif not group and name in ("model", "dataset"):
             layer[f"{name}.id"] = (str(value) if isinstance(value, Path) else value, reason)
         else:
-            layer[find_key(f"{group}{name}")] = (value, reason)
+            found = read_setting(f"{group}{name}", value)
+            layer |= {key: (value, reason) for key, value in found.items()}
     return layer
 
 

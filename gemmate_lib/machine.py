@@ -89,9 +89,23 @@ def _keep_memory() -> None:
         libc.mallopt(-1, 512 * 2**20)  # M_TRIM_THRESHOLD
 
 
-def prepare(*, seed: int, threads: int | None = None) -> None:
-    """Quiet, threads, seeds and deterministic algorithms; call it before anything is computed.
+def speak(level: str) -> None:
+    """Print the library's own messages from this level on, to stderr."""
+    log = logging.getLogger("gemmate")
+    log.setLevel(level)
+    if log.level < logging.WARNING and not log.hasHandlers():  # warnings are printed without one
+        log.addHandler(logging.StreamHandler())
 
+
+def transformers_level(level: str) -> str:
+    """What the Trainer logs at: its chatter only where INFO or DEBUG is asked for."""
+    return level.lower() if level in ("DEBUG", "INFO") else "error"
+
+
+def prepare(*, seed: int, threads: int | None = None, deterministic: bool = True) -> None:
+    """Quiet, threads, seeds and algorithms; call it before anything is computed.
+
+    deterministic: ask for algorithms that give the same bits each time.
     The variable GEMMATE_THREADS outranks `threads`, so that one can see what hangs on them.
     """
     quiet()
@@ -106,7 +120,7 @@ def prepare(*, seed: int, threads: int | None = None) -> None:
     if threads is not None:
         torch.set_num_threads(threads)
     set_seed(seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # Otherwise each torch.empty is filled with NaN, to show who reads what was never written; of
     # TRL 1.16's buffer of 32,768 columns that is a third of a tiny model's step.
     torch.utils.deterministic.fill_uninitialized_memory = False

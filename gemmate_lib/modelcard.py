@@ -16,8 +16,8 @@ import yaml
 
 from gemmate_lib.cards import Card, read_card
 from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.keys import flatten
 from gemmate_lib.models import EMBEDDED
-from gemmate_lib.settings import flatten
 from gemmate_lib.stats import Interval
 
 if TYPE_CHECKING:

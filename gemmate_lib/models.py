@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import json
 import re
 from collections.abc import Iterator
@@ -147,7 +148,12 @@ def _device_and_dtype(config: ModelConfig) -> tuple[str, tuple[str, ...]]:
 
     facts, dtype = read_facts(), config.compute_dtype
     device = facts.device if config.device == "auto" else config.device
-    if device not in ("cpu", facts.device):
+    if device == "xla":
+        if importlib.util.find_spec("torch_xla") is None:
+            raise GemmateError("The device xla needs torch_xla, which is not installed here.")
+        if config.quantization != "none":
+            raise GemmateError("There are no 4-bit kernels for xla. Set model.quantization=none.")
+    elif device not in ("cpu", facts.device):
         raise GemmateError(f"there is no {device} device here. Set model.device=auto.")
     if device == "cpu" and dtype == "float16":
         raise GemmateError(

@@ -14,20 +14,16 @@ from filelock import FileLock, Timeout
 
 from gemmate_lib import checkpoints
 from gemmate_lib.callbacks import Keeping
-from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.config import Experiment, GemmateError, flatten
 from gemmate_lib.manifest import package_versions
-from gemmate_lib.settings import flatten
 from gemmate_lib.storage import FsspecStorage
 
 log = logging.getLogger("gemmate")
 FOLDER, MARK = "checkpoints", ".unfinished"  # the mark is locked while a process writes the run
 # Settings that decide what is kept, said or done afterwards, and not what is computed.
-WITHOUT_EFFECT = {
-    "name", "profile", "training.recipe", "training.tracker", "training.remote_path",
-    "training.save_every", "training.save_strategy", "training.save_optim", "training.keep_last_n",
-    "training.keep_best_n", "training.checkpoint_metric", "training.checkpoint_metric_mode",
-}  # fmt: skip
-OPTIMIZER = "training.save_optim"  # what to allow in order to go on without its state
+WITHOUT_EFFECT = {"name", "profile", "project_dir", "training.recipe"}
+GROUPS_WITHOUT = ("checkpoint", "tracking", "generation")
+OPTIMIZER = "checkpoint.save_optim"  # what to allow in order to go on without its state
 
 # Of the system, of safetensors, and of torch's two writers.
 _FULL = re.compile(r"No space left|File too large|os error (27|28)\b|failed writing|iostream error")
@@ -41,7 +37,7 @@ def identity_of(
     found = {
         key: value
         for key, value in settings.items()
-        if key not in WITHOUT_EFFECT and not key.startswith("generation.")
+        if key not in WITHOUT_EFFECT and key.split(".")[0] not in GROUPS_WITHOUT
     }
     found |= {f"rows.{split}": digest for split, digest in checksums.items()}
     found["base.weights_sha256"] = base["weights_sha256"]
@@ -121,17 +117,18 @@ def find_start(
     """
     if resume is None:
         return Start()
-    folder, settings = out / FOLDER, experiment.training
-    if settings.remote_path and resume in ("last", "best"):
-        fetch(FsspecStorage(settings.remote_path), folder)
+    folder, settings = out / FOLDER, experiment.checkpoint
+    remote = settings.remote_path if settings.load_from_storage else None
+    if remote and resume in ("last", "best"):
+        fetch(FsspecStorage(remote), folder)
     if resume in ("last", "best") and not checkpoints.paths(folder):
         log.info("There is no checkpoint in %s: the run begins at the start.", folder)
         return Start()
     found = checkpoints.choose(
         folder,
         resume,
-        metric=settings.checkpoint_metric,
-        mode=settings.checkpoint_metric_mode,
+        metric=settings.metric,
+        mode=settings.metric_mode,
     )
     for fault in found.skipped:
         log.warning("skipped %s", fault)
@@ -158,14 +155,16 @@ def fetch(storage: FsspecStorage, folder: Path) -> None:
 
 def keeping_for(experiment: Experiment, out: Path, identity: dict[str, Any]) -> Keeping:
     """What is kept of a run's checkpoints; early stopping goes back to the best, so it stays."""
-    settings = experiment.training
+    settings = experiment.checkpoint
+    remote = settings.remote_path if settings.sync_to_storage else None
     return Keeping(
         folder=out / FOLDER,
         identity=identity,
         keep_last_n=settings.keep_last_n,
-        keep_best_n=max(settings.keep_best_n, settings.stops_early),
-        metric=settings.checkpoint_metric,
-        mode=settings.checkpoint_metric_mode,
+        keep_best_n=max(settings.keep_best_n, experiment.training.stops_early),
+        metric=settings.metric,
+        mode=settings.metric_mode,
         optimizer=settings.save_optim,
-        storage=FsspecStorage(settings.remote_path) if settings.remote_path else None,
+        epochs=settings.save_every_epochs,
+        storage=FsspecStorage(remote) if remote else None,
     )

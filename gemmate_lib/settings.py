@@ -1,10 +1,12 @@
-"""What can be set: one frozen model per group of settings, together an experiment."""
+"""What can be set: one frozen model per group of settings, together an experiment.
 
-import difflib
+The docstring below each setting is its documentation: gemmate_lib/keys.py makes the table of all
+of them. A unit stands in brackets at its end.
+"""
+
 import hashlib
 import json
 import re
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +35,11 @@ class Settings(BaseModel):
     """A frozen group of settings; unknown keys are refused, a plain string is the group's id."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False
+        extra="forbid",
+        frozen=True,
+        coerce_numbers_to_str=True,
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
     )
 
     @model_validator(mode="before")
@@ -45,37 +51,59 @@ class Settings(BaseModel):
 class ModelConfig(Settings):
     """Which base, and how it is held in memory."""
 
-    id: str = "tiny-gemma"  # embedded name, preset, Hub id, or local directory
+    id: str = "tiny-gemma"
+    """The base: an embedded model's name, a Hub id, or a local folder."""
     revision: str | None = None
+    """Commit of a base from the Hub; the presets are pinned."""
     quantization: Literal["none", "nf4", "nf4-double"] = "none"
+    """How the frozen weights are stored: as loaded, in 4 bits, or with quantized constants too."""
     compute_dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """The type that is computed in; adapters are trained in float32 whatever it is."""
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
-    # GemmaTE's encoder: log, signed_log, fourier, calendar, or several joined by +
+    """How attention is computed; auto: what fits the machine."""
     temporal_kind: str | None = None
+    """GemmaTE's encoder of time: log, signed_log, fourier, calendar, or several joined by +."""
     temporal_tau: Annotated[float, Field(gt=0)] = 0.1
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """The factor of the log encodings."""
+    device: Literal["auto", "cpu", "cuda", "mps", "xla"] = "auto"
+    """Where it is computed; xla: what TPUs and Tenstorrent's cards need, with torch_xla."""
 
 
 class DatasetConfig(Settings):
-    """Which rows, how they are split, and how long they may be (in tokens)."""
+    """Which rows, how they are split, and how long they may be."""
 
-    id: str = "tiny_quotes"  # name of a card, local file, or folder
+    id: str = "tiny_quotes"
+    """The data: the name of a card, a local file, or a folder."""
     revision: str | None = None
+    """Commit of data from the Hub; cards are pinned."""
     train: str | None = None
+    """A file of training rows of your own."""
     validation: str | None = None
+    """A file of validation rows of your own."""
     test: str | None = None
-    columns: dict[str, str] = {}  # our name -> theirs; also "quote=content author=author"
+    """A file of test rows of your own."""
+    columns: dict[str, str] = {}
+    """Our name -> the file's; also written as "quote=content author=author"."""
     template: str | None = None
-    labels: dict[str, str] = {}  # the table's label -> its name, as in {0: negative, 1: positive}
-    timestamp: str | None = None  # the field that says when: milliseconds or ISO 8601
+    """The text of a row, with {column} where a column's value goes."""
+    labels: dict[str, str] = {}
+    """A label in the file -> its name, as in {0: negative, 1: positive}."""
+    timestamp: str | None = None
+    """The column that says when: milliseconds since 1970, or ISO 8601."""
     validation_fraction: Share = 0.1
+    """Held out for validation, where there is no such split. [share of the rows]"""
     test_fraction: Share = 0.1
+    """Held out for the test, where there is no such split. [share of the rows]"""
     split_seed: Count = 0
+    """Draws what is held out."""
     max_length: Annotated[int, Field(ge=2)] = 128
+    """The longest row. [tokens]"""
     over_long: Literal["drop", "cut"] = "drop"
-    # Jaccard of word 3-grams at which two rows are one; 1.0: exact, after normalisation
+    """What becomes of a longer row; a prompt is cut where its form allows, an answer never."""
     near_duplicate: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Rows this alike are one; 1: only equal ones. [Jaccard of word 3-grams]"""
     limit: Positive | None = None
+    """Take the first so many. [rows]"""
 
     @field_validator("labels", mode="before")
     @classmethod
@@ -96,86 +124,204 @@ class LoraSettings(Settings):
     """The low-rank adapter (Hu et al. 2021, https://arxiv.org/abs/2106.09685)."""
 
     r: Positive = 8
+    """Rank of the update."""
     alpha: Positive = 16
+    """The update is scaled by alpha / r."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the adapter's inputs set to zero while training."""
     bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained beside it; Gemma has none."""
     target_modules: Literal["auto", "all-linear"] | tuple[str, ...] = "auto"
+    """Which layers get one: a list of names, all-linear, or auto: the seven projections."""
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """What PEFT wraps; this course trains causal language models alone."""
 
 
 class TrainingConfig(Settings):
-    """The optimisation; durations are in optimizer steps."""
+    """The optimisation."""
 
     recipe: str = "fast"
+    """Defaults by name: original, the classic notebook's, or fast, the same trajectory sooner."""
     batch_size: Positive = 4
+    """Rows at a time. [rows]"""
     gradient_accumulation_steps: Positive = 1
-    max_steps: Positive | Literal[-1] = 100  # -1: by epochs
+    """Batches to an optimizer step. [batches]"""
+    max_steps: Positive | Literal[-1] = 100
+    """Length of the training; -1: by num_epochs. [optimizer steps]"""
     num_epochs: Annotated[float, Field(gt=0)] = 1.0
+    """Length of the training, where max_steps is -1. [passes over the rows]"""
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    """The highest one of the schedule."""
     warmup_steps: Count = 2  # whole: the trainer reads 0.1 as a fraction of all steps
+    """Until the highest learning rate. [optimizer steps]"""
     lr_scheduler: str = "linear"
+    """How the learning rate falls: a name that transformers knows."""
     optim: str = "adamw_torch_fused"
+    """The optimizer: a name that transformers knows."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """Each step takes this share, times the learning rate, off the trained weights."""
     max_grad_norm: Annotated[float, Field(ge=0)] = 1.0
-    eval_every: Count = 25  # 0: off
-    save_every: Count = 0  # steps between checkpoints; 0: none but when the run is interrupted
-    save_strategy: Literal["steps", "epoch"] = "steps"  # epoch: one at the end of each
-    save_optim: bool = True  # without the optimizer's state a run cannot be resumed exactly
-    keep_last_n: Count = 2
-    keep_best_n: Count = 0
-    checkpoint_metric: Literal["eval_loss", "loss"] = "eval_loss"  # best by this
-    checkpoint_metric_mode: Literal["min", "max"] = "min"
-    remote_path: str | None = None  # checkpoints are copied there: any fsspec URL
-    early_stopping_patience: Count = 0  # evaluations without gain; 0: off
+    """A longer gradient is scaled down to this length; 0: never."""
+    eval_every: Count = 25
+    """Between measurements of the validation loss; 0: none. [optimizer steps]"""
+    early_stopping_patience: Count = 0
+    """Stop after so many without gain, and go back to the best; 0: off. [evaluations]"""
     packing: bool = False
+    """Several rows to one sequence of max_length, each blind to the others."""
     gradient_checkpointing: bool = False
-    tracker: str = "none"
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
 
     @property
     def stops_early(self) -> bool:
         """Whether evaluations without gain may end the run."""
         return self.early_stopping_patience > 0 and self.eval_every > 0
 
+
+class CheckpointConfig(Settings):
+    """What is kept of a run on its way, where, and whether one is gone on with."""
+
+    save_strategy: Literal["steps", "epoch"] = "steps"
+    """Whether checkpoints are counted by save_every or by save_every_epochs."""
+    save_every: Count = 0
+    """Between checkpoints; 0: none but when the run is interrupted. [optimizer steps]"""
+    save_every_epochs: Positive = 1
+    """Between checkpoints where save_strategy is epoch. [epochs]"""
+    save_optim: bool = True
+    """Keep the optimizer's state; without it a run cannot be resumed exactly."""
+    keep_last_n: Count = 2
+    """The newest that stay. [checkpoints]"""
+    keep_best_n: Count = 0
+    """The best that stay besides. [checkpoints]"""
+    metric: Literal["eval_loss", "loss"] = "eval_loss"
+    """The best are best by this; also written eval/loss, val/loss, train/loss."""
+    metric_mode: Literal["min", "max"] = "min"
+    """Whether less of it is better, or more."""
+    resume_from_checkpoint: bool = False
+    """Go on from a checkpoint of the run's folder, as `--resume` does."""
+    resume_option: Literal["last", "best", "path"] = "last"
+    """Which one: the newest, the best, or that of checkpoint.path."""
+    path: str | None = None
+    """Its folder, where resume_option is path."""
+    remote_path: str | None = None
+    """Where copies go and come from: a URL that fsspec knows, as s3://bucket/folder."""
+    sync_to_storage: bool = True
+    """Copy each checkpoint to remote_path."""
+    load_from_storage: bool = True
+    """Fetch from remote_path what is newer there when a run is gone on with."""
+
+    @property
+    def resume(self) -> str | None:
+        """What `--resume` would say."""
+        option = self.path if self.resume_option == "path" else self.resume_option
+        return option if self.resume_from_checkpoint else None
+
+    @field_validator("metric", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        names = {"eval/loss": "eval_loss", "val/loss": "eval_loss", "train/loss": "loss"}
+        return names.get(value, value) if isinstance(value, str) else value
+
+    @field_validator("save_strategy", mode="before")
+    @classmethod
+    def _plural(cls, value: Any) -> Any:
+        return "steps" if value == "step" else value
+
     @field_validator("remote_path")
     @classmethod
     def _no_password(cls, value: str | None) -> str | None:
         if re.search(r"://[^/@]*:[^/@]*@", value or ""):  # it would stand in every manifest
-            problem = "training.remote_path holds a password"
+            problem = "checkpoint.remote_path holds a password"
             raise GemmateError(f"{problem}. Keep it in the settings of that storage's client.")
         return value
 
     @model_validator(mode="after")
-    def _something_stays(self) -> "TrainingConfig":
+    def _makes_sense(self) -> "CheckpointConfig":
         if not self.keep_last_n and not self.keep_best_n:
             raise ValueError("keep_last_n=0 needs keep_best_n of 1 or more, or nothing is kept")
-        by_steps = self.save_strategy == "steps" and self.save_every
-        if self.keep_best_n and self.checkpoint_metric == "eval_loss":
-            if not self.eval_every:
-                raise ValueError("keep_best_n needs evaluations: set eval_every")
-            if by_steps and self.save_every % self.eval_every:
-                raise ValueError("keep_best_n needs save_every to be a multiple of eval_every")
+        if self.resume_option == "path" and not self.path:
+            raise ValueError("resume_option=path needs checkpoint.path, the checkpoint's folder")
         return self
+
+
+class TrackingConfig(Settings):
+    """Who is told of the run while it trains; nothing here changes what it computes."""
+
+    tracker: str = "none"
+    """none, trackio (local files; also written `on`), or what the Trainer's report_to takes."""
+    project: str = "gemmate"
+    """The project that the tracker files the run under."""
+    run_name: str | None = None
+    """The run's name there; none: the experiment's."""
+    tags: tuple[str, ...] = ()
+    """Words to find the run by."""
+    watch_mode: Literal["none", "gradients", "parameters", "all"] = "none"
+    """Of what the tracker gets the length, for each trained tensor."""
+    log_frequency: Positive = 100
+    """Between what watch_mode asks for. [optimizer steps]"""
+    upload_model: bool = False
+    """Hand what was trained to the tracker at the end."""
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
+    """Messages of the library and of the Trainer below this are not printed."""
+
+    @field_validator("tracker", mode="before")
+    @classmethod
+    def _on_or_off(cls, value: Any) -> Any:
+        return {"True": "trackio", "on": "trackio", "False": "none", "off": "none"}.get(
+            str(value), value
+        )
+
+    @field_validator("tags", mode="before")
+    @classmethod
+    def _words(cls, value: Any) -> Any:
+        return tuple(value.split()) if isinstance(value, str) else value
 
 
 class GenerationSettings(Settings):
     """How texts are generated."""
 
     max_new_tokens: Positive = 64
+    """The longest answer. [tokens]"""
     batch_size: Positive = 32
+    """Prompts at a time. [prompts]"""
 
 
 class Experiment(Settings):
     """Everything that decides what a run computes, apart from the machine."""
 
     name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")] = "unnamed"  # it names a folder
+    """The experiment's name, and its folder's."""
     profile: str = "tiny"
-    method: Literal["lora", "full"] = "lora"  # an adapter, or every weight of the base
+    """The machine that the defaults are for: auto, tiny, t4, ampere or full."""
+    framework: Literal["pytorch"] = "pytorch"
+    """What computes; there is no other."""
+    method: Literal["lora", "full"] = "lora"
+    """What is trained: an adapter, or every weight of the base."""
     seed: Count = 0
-    threads: Positive | None = None  # None: leave as it is
+    """Draws the adapter's start, the order of the rows and the dropout."""
+    deterministic: bool = True
+    """Ask torch for algorithms that give the same bits each time; off: on a GPU faster ones."""
+    threads: Positive | None = None
+    """Of the CPU; none: leave as it is. [threads]"""
+    project_dir: str | None = None
+    """Where runs are put that no `--out` names; none: GEMMATE_RUNS, or the folder `runs`."""
     model: ModelConfig = ModelConfig()
     dataset: DatasetConfig = DatasetConfig()
     lora: LoraSettings = LoraSettings()
     training: TrainingConfig = TrainingConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    tracking: TrackingConfig = TrackingConfig()
     generation: GenerationSettings = GenerationSettings()
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> "Experiment":
+        keep, every = self.checkpoint, self.training.eval_every
+        if keep.keep_best_n and keep.metric == "eval_loss":
+            if not every:
+                raise ValueError("checkpoint.keep_best_n needs evaluations: set eval_every")
+            if keep.save_strategy == "steps" and keep.save_every and keep.save_every % every:
+                problem = "checkpoint.keep_best_n needs save_every to be a multiple of eval_every"
+                raise ValueError(problem)
+        return self
 
     def hash(self) -> str:
         """16 hexadecimal digits that name this configuration."""
@@ -191,36 +337,3 @@ class Facts:
     gpu_memory_gib: float | None = None
     ram_gib: float = 0.0
     gpu_count: int = 0
-
-
-def flatten(settings: BaseModel, prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, in the order of the fields."""
-    flat: dict[str, Any] = {}
-    for name, value in settings:
-        group = isinstance(value, BaseModel)
-        flat |= flatten(value, f"{prefix}{name}.") if group else {f"{prefix}{name}": value}
-    return flat
-
-
-KEYS = tuple(key for key in flatten(Experiment()) if key != "profile")
-GROUPS = {key.split(".")[0] for key in KEYS if "." in key}
-
-
-def among(name: Any, options: Collection[str], kind: str) -> str:
-    """`name`, if it is one of the options; else a GemmateError that names the nearest."""
-    if str(name) in options:
-        return str(name)
-    near = difflib.get_close_matches(str(name), options, n=1, cutoff=0.0)
-    raise GemmateError(f"There is no {kind} {name!r}. Did you mean {near[0]!r}?")
-
-
-def find_key(name: str) -> str:
-    """The dotted key for `training.max_steps`, `training_max_steps` or, where unique, `max_steps`.
-
-    Raises: GemmateError where no key or more than one fits.
-    """
-    found = [key for key in KEYS if name in (key, key.replace(".", "_"))]
-    found = found or [key for key in KEYS if name == key.split(".")[-1]]
-    if len(found) > 1:
-        raise GemmateError(f"The setting {name!r} is ambiguous. Write {' or '.join(found)}.")
-    return found[0] if found else among(name, KEYS, "setting")

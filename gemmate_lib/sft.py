@@ -26,6 +26,7 @@ from gemmate_lib.manifest import package_versions, read_manifest, write_manifest
 from gemmate_lib.models import LoadedModel, base_record, load_base, load_tokenizer
 from gemmate_lib.resume import check_new, find_start, identity_of, keeping_for, work_in
 from gemmate_lib.settings import digest
+from gemmate_lib.tracking import check_tracker
 from gemmate_lib.trainer import Report, train
 from gemmate_lib.trust import experiment_of
 
@@ -75,7 +76,7 @@ def load_run(directory: str | Path) -> Run:
 
 def open_run(run: Run, *, force: bool = False) -> LoadedModel:
     """Load a run's base with its adapter on it, or its own model, ready to generate."""
-    machine.prepare(seed=run.experiment.seed, threads=run.experiment.threads)
+    _prepare(run.experiment)
     if run.experiment.method == "full":
         own = {"id": str(run.model), "revision": None, "temporal_kind": None}
         return load_base(run.experiment.model.model_copy(update=own))
@@ -110,10 +111,16 @@ def load_splits(experiment: Experiment) -> Splits:
     return load_dataset_splits(experiment.dataset, tokenizer=tokenizer)
 
 
+def home_of(experiment: Experiment) -> Path:
+    """Where the runs of an experiment are kept: its `project_dir`, or everybody's."""
+    own = experiment.project_dir
+    return Path(own).expanduser() if own else machine.runs_home()
+
+
 def finetune_or_load(experiment: Experiment, *, report: Report | None = None) -> Run:
-    """Return the run of an experiment: the one made before, or a new one under `runs_home()`."""
+    """Return the run of an experiment: the one made before, or a new one under `home_of` it."""
     splits = load_splits(experiment)
-    directory = machine.runs_home() / f"{experiment.name}-{run_key(experiment, splits)}"
+    directory = home_of(experiment) / f"{experiment.name}-{run_key(experiment, splits)}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Notebooks that run side by side want the same run: one makes it, the others wait for it.
     with FileLock(directory.with_name(f".{directory.name}.lock")):
@@ -141,8 +148,10 @@ def finetune_model(
         gradient or parameter that is no longer finite, or a checkpoint of another run.
     """
     out, began = Path(out), time.perf_counter()
+    resume = resume or experiment.checkpoint.resume
     check_new(out, resume=resume)
-    machine.prepare(seed=experiment.seed, threads=experiment.threads)
+    check_tracker(experiment.tracking)
+    _prepare(experiment)
     splits = splits or load_splits(experiment)
     base = load_base(experiment.model)
     identity = identity_of(experiment, splits.checksums(), base.base)
@@ -156,7 +165,7 @@ def finetune_model(
         )  # fmt: skip
         trained = time.perf_counter()
         _save(model, base, folder, experiment)
-        if experiment.training.tracker == "none":
+        if experiment.tracking.tracker == "none":  # others write into it
             shutil.rmtree(folder / "trainer", ignore_errors=True)
         lines = (json.dumps(record) + "\n" for record in log)
         (folder / "log.jsonl").write_text("".join(lines), "utf-8")
@@ -172,6 +181,12 @@ def finetune_model(
             resumed=start.as_dict(),
         )
     return Run(out, experiment, read_manifest(out), found=False)
+
+
+def _prepare(experiment: Experiment) -> None:
+    machine.speak(experiment.tracking.log_level)
+    deterministic = experiment.deterministic
+    machine.prepare(seed=experiment.seed, threads=experiment.threads, deterministic=deterministic)
 
 
 def _attach(base: LoadedModel, experiment: Experiment) -> Any:

@@ -25,6 +25,7 @@ from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Row, Splits, encode
 from gemmate_lib.memory import said_in_numbers
 from gemmate_lib.temporal.collate import collator_for
+from gemmate_lib.tracking import tracking
 
 
 def token_rows(
@@ -74,16 +75,16 @@ def train(
         for a number that is not finite; Interrupted after SIGTERM or SIGINT, once it has saved.
     """
     stopping = Stopping()
-    with _known_training_warnings():
+    with _known_training_warnings(), tracking(experiment) as tracker:
         trainer = _build(model, tokenizer, splits, experiment, directory, collator=collator)
         rows = None
         if not experiment.training.packing:
             held = 2 * experiment.training.gradient_accumulation_steps + 2
             rows = trainer.data_collator = RowsOf(trainer.data_collator, keep=held)
-        watching = [Watch(report, rows), *([stopping, Checkpointing(keeping, stopping)]
-                                           if keeping else [])]  # fmt: skip
-        for callback in watching:
-            trainer.add_callback(callback)
+        kept = [stopping, Checkpointing(keeping, stopping)] if keeping else []
+        for callback in [tracker, Watch(report, rows), *kept]:
+            if callback is not None:
+                trainer.add_callback(callback)
         listening = stopping.listening() if keeping else contextlib.nullcontext()
         with listening, said_in_numbers(experiment):
             if not (resume_from and _take_the_end(trainer, resume_from)):
@@ -152,10 +153,10 @@ def _build(
 def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool) -> Any:
     from trl import SFTConfig
 
-    settings, model = experiment.training, experiment.model
+    settings, keep, model = experiment.training, experiment.checkpoint, experiment.model
     stops_early = evaluate and settings.stops_early
-    every = settings.save_every or (settings.eval_every if stops_early else 0)
-    saves = settings.save_strategy if every or settings.save_strategy == "epoch" else "no"
+    every = keep.save_every or (settings.eval_every if stops_early else 0)
+    saves = keep.save_strategy if every or keep.save_strategy == "epoch" else "no"
     on_cpu = model.device == "cpu" or (
         model.device == "auto" and machine.read_facts().device == "cpu"
     )
@@ -176,7 +177,7 @@ def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool) -> An
         eval_steps=settings.eval_every or None,
         save_strategy=saves,
         save_steps=every or 500,
-        save_only_model=not settings.save_optim,
+        save_only_model=not keep.save_optim,
         restore_callback_states_from_checkpoint=True,  # the patience of early stopping
         load_best_model_at_end=stops_early,
         metric_for_best_model="eval_loss" if evaluate else None,
@@ -193,25 +194,12 @@ def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool) -> An
         dataloader_pin_memory=not on_cpu,
         logging_steps=1,
         logging_nan_inf_filter=False,  # it would write a diverged loss down as 0.0
-        report_to=_tracker(settings.tracker),
-        run_name=experiment.name,
+        report_to="none",  # trackers are told by gemmate_lib.tracking
+        project=experiment.tracking.project,
+        run_name=experiment.tracking.run_name or experiment.name,
+        log_level=machine.transformers_level(experiment.tracking.log_level),
         disable_tqdm=True,
     )
-
-
-def _tracker(name: str) -> str | list[str]:
-    """What `report_to` takes; a tracker that cannot be initialised is an error, not a shrug."""
-    if name == "none":
-        return "none"
-    from transformers.integrations import get_available_reporting_integrations
-
-    found = get_available_reporting_integrations()
-    if name not in found:
-        raise GemmateError(
-            f"The tracker {name} is not installed; here are {', '.join(found) or 'none'}. "
-            f"Install it with pip, or set training.tracker=none."
-        )
-    return [name]
 
 
 @contextlib.contextmanager

@@ -68,8 +68,12 @@ def verify_run(run: Run, *, report: Report | None = None) -> Verdict:
 
 def _quietly(experiment: Experiment) -> Experiment:
     """The same computation, without trackers, checkpoints or copies elsewhere."""
-    free = {"tracker": "none", "remote_path": None}
-    return experiment.model_copy(update={"training": experiment.training.model_copy(update=free)})
+    keep = {"remote_path": None, "resume_from_checkpoint": False}
+    quiet = {
+        "tracking": experiment.tracking.model_copy(update={"tracker": "none"}),
+        "checkpoint": experiment.checkpoint.model_copy(update=keep),
+    }
+    return experiment.model_copy(update=quiet)
 
 
 def _compare(run: Run, again: Run) -> Verdict:

@@ -28,7 +28,7 @@ from gemmate_lib.sft import finetune_model, load_run
 # Eight steps are an epoch; dropout draws from the random numbers that a checkpoint must carry.
 SETTINGS = {
     "training.max_steps": 12, "training.batch_size": 2, "training.gradient_accumulation_steps": 2,
-    "training.eval_every": 2, "training.save_every": 1, "training.keep_last_n": 2,
+    "training.eval_every": 2, "checkpoint.save_every": 1, "checkpoint.keep_last_n": 2,
     "training.warmup_steps": 1, "lora.dropout": 0.1, "dataset.limit": 40,
 }  # fmt: skip
 STEP = 6  # at which a phase is killed

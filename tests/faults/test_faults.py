@@ -28,7 +28,7 @@ from gemmate_lib.sft import Run, finetune_model, load_splits
 Make = Callable[..., Any]
 Note = Callable[[str, str, object], None]
 FAST = {"training.max_steps": 4, "training.batch_size": 2, "training.eval_every": 0,
-        "training.save_every": 1, "training.warmup_steps": 1, "dataset.limit": 20}  # fmt: skip
+        "checkpoint.save_every": 1, "training.warmup_steps": 1, "dataset.limit": 20}  # fmt: skip
 HERE = Path(__file__).parent
 
 

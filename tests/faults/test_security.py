@@ -23,7 +23,7 @@ import torch
 
 from gemmate_lib import checkpoints, cli, evaluate
 from gemmate_lib.adapters import load_adapter
-from gemmate_lib.config import Experiment, GemmateError, ModelConfig, TrainingConfig
+from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError, ModelConfig
 from gemmate_lib.evaluate import evaluate_run
 from gemmate_lib.generate import Completion, generate_texts
 from gemmate_lib.models import load_base, load_tokenizer, model_path
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[2]
 Make = Callable[..., Any]
 Note = Callable[..., None]
 FAST = {"training.max_steps": 2, "training.batch_size": 2, "training.eval_every": 0,
-        "training.save_every": 1, "training.warmup_steps": 1, "dataset.limit": 20}  # fmt: skip
+        "checkpoint.save_every": 1, "training.warmup_steps": 1, "dataset.limit": 20}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -907,7 +907,7 @@ def test_no_token_in_a_run_a_notebook_and_a_tracker(tmp_path: Path, note: Note,
     monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())  # its fonts are known there
     for name, value in canary.in_an_environment(tmp_path, TOKENS).items():
         monkeypatch.setenv(name, value)
-    settings = {"training.tracker": "tensorboard", "generation.max_new_tokens": 2} | FAST
+    settings = {"tracking.tracker": "tensorboard", "generation.max_new_tokens": 2} | FAST
     words = [word for pair in settings.items() for word in ("--set", "{}={}".format(*pair))]
     words += ["--profile", "tiny", "--limit", "2", "--out", str(tmp_path / "run")]
     said = [command(monkeypatch, capsys, "finetune", "quotes", *words)]
@@ -925,8 +925,8 @@ def test_no_token_in_a_run_a_notebook_and_a_tracker(tmp_path: Path, note: Note,
 def test_a_password_in_a_storages_address(note: Note) -> None:
     word = "pass" + "word"
     with pytest.raises(GemmateError, match="holds a password") as refused:
-        TrainingConfig(remote_path=f"s3://me:{word}@bucket/run")
+        CheckpointConfig(remote_path=f"s3://me:{word}@bucket/run")
     assert word + "@" not in str(refused.value)
-    assert TrainingConfig(remote_path="s3://bucket/run").remote_path
-    assert Experiment(training={"remote_path": "ssh://me@host/run"}).training.remote_path
-    note("a password in training.remote_path, which manifests hold", "refused", refused.value)
+    assert CheckpointConfig(remote_path="s3://bucket/run").remote_path
+    assert Experiment(checkpoint={"remote_path": "ssh://me@host/run"}).checkpoint.remote_path
+    note("a password in checkpoint.remote_path, which manifests hold", "refused", refused.value)

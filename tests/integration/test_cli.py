@@ -73,6 +73,12 @@ def test_evaluate_and_compare_as_json(run: Path) -> None:
     found = json.loads(call("compare", "base", run, "--json", "--limit", 8))
     assert found["quote_nll"]["difference"]["value"] < 0
     assert "quote_nll" in call("compare", run, run, "--limit", 8)
+    told = call("compare", "base", run, "--limit", 8, "--changed", "distinct_2")
+    assert "\n\n'Quote: " in told and told.count("  before ") == told.count("   after ") <= 10
+    rows = json.loads(
+        call("compare", "base", run, "--json", "--limit", 8, "--changed", "distinct_2")
+    )
+    assert len(set(rows["changed"][0]["distinct_2"])) == 2
 
 
 def test_generate_one_and_many(run: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ Make = Callable[..., Any]
 # 40 texts leave 32 to train on: eight steps of two times two an epoch, so that its end lies inside.
 SMALL = {
     "training.max_steps": 12, "training.batch_size": 2, "training.gradient_accumulation_steps": 2,
-    "training.eval_every": 2, "training.save_every": 1, "training.keep_last_n": 99,
+    "training.eval_every": 2, "checkpoint.save_every": 1, "checkpoint.keep_last_n": 99,
     "training.warmup_steps": 1, "lora.dropout": 0.1, "dataset.limit": 40,
 }  # fmt: skip
 
@@ -154,21 +154,22 @@ def test_what_is_allowed_by_name_is_recorded(whole: Run, experiment: Make, tmp_p
 
 
 def test_without_the_optimizer_resuming_is_refused(experiment: Make, tmp_path: Path) -> None:
-    small = SMALL | {"training.save_optim": False, "training.max_steps": 3}
+    small = SMALL | {"checkpoint.save_optim": False, "training.max_steps": 3}
     run = finetune_model(experiment(**small), out=tmp_path / "run")
     out = cut_off_after(2, run, tmp_path / "again")
     assert not (out / "checkpoints/checkpoint-2/optimizer.pt").exists()
-    with pytest.raises(GemmateError, match=r"training\.save_optim"):
+    with pytest.raises(GemmateError, match=r"checkpoint\.save_optim"):
         finetune_model(experiment(**small), out=out, resume="last")
-    allowed = ["training.save_optim"]
+    allowed = ["checkpoint.save_optim"]
     again = finetune_model(experiment(**small), out=out, resume="last", allow_changed=allowed)
     assert list(again.manifest["resumed"]["allowed"]) == allowed
 
 
 def test_the_best_stays_and_can_be_gone_back_to(experiment: Make, tmp_path: Path) -> None:
     """At this rate the loss falls, then rises: the best is not the last."""
-    rising = {"training.learning_rate": 2e-2, "training.keep_last_n": 1, "training.keep_best_n": 1,
-              "training.save_every": 2, "training.lr_scheduler": "constant"}  # fmt: skip
+    rising = {"training.learning_rate": 2e-2, "checkpoint.keep_last_n": 1,
+              "checkpoint.keep_best_n": 1, "checkpoint.save_every": 2,
+              "training.lr_scheduler": "constant"}  # fmt: skip
     run = finetune_model(experiment(**SMALL | rising), out=tmp_path / "run")
     losses = {r["step"]: r["eval_loss"] for r in run.log if "eval_loss" in r}
     best = min(losses, key=lambda step: losses[step])
@@ -183,7 +184,7 @@ def test_the_best_stays_and_can_be_gone_back_to(experiment: Make, tmp_path: Path
 def test_a_run_that_stopped_early_has_stopped(experiment: Make, tmp_path: Path) -> None:
     """Killed between its last step and its end, it takes its best and no more steps."""
     early = {"training.learning_rate": 0.3, "training.early_stopping_patience": 1,
-             "training.save_every": 2, "training.lr_scheduler": "constant"}  # fmt: skip
+             "checkpoint.save_every": 2, "training.lr_scheduler": "constant"}  # fmt: skip
     run = finetune_model(experiment(**SMALL | early), out=tmp_path / "run")
     assert run.metrics["steps"] < 12
     weights = (run.adapter / "adapter_model.safetensors").read_bytes()
@@ -195,8 +196,8 @@ def test_a_run_that_stopped_early_has_stopped(experiment: Make, tmp_path: Path) 
 
 
 def test_one_checkpoint_an_epoch(experiment: Make, tmp_path: Path) -> None:
-    by_epoch = {"training.save_strategy": "epoch", "training.save_every": 0,
-                "training.keep_best_n": 1, "training.max_steps": 16}  # fmt: skip
+    by_epoch = {"checkpoint.save_strategy": "epoch", "checkpoint.save_every": 0,
+                "checkpoint.keep_best_n": 1, "training.max_steps": 16}  # fmt: skip
     run = finetune_model(experiment(**SMALL | by_epoch), out=tmp_path / "run")
     found = list(checkpoints.sealed(run.directory / "checkpoints"))
     assert [each.step for each in found] == [16, 8]
@@ -209,7 +210,7 @@ def test_copies_go_to_storage_and_come_back(
 ) -> None:  # fmt: skip
     from gemmate_lib.storage import FsspecStorage
 
-    remote = {"training.remote_path": "memory://bucket/run", "training.keep_last_n": 2,
+    remote = {"checkpoint.remote_path": "memory://bucket/run", "checkpoint.keep_last_n": 2,
               "training.max_steps": 4}  # fmt: skip
     run = finetune_model(experiment(**SMALL | remote), out=tmp_path / "run")
     assert FsspecStorage("memory://bucket/run").names() == ["checkpoint-4", "checkpoint-3"]
@@ -230,7 +231,7 @@ COMMAND = [
     sys.executable, "-u", "-m", "gemmate_lib", "finetune", "quotes", "--profile", "tiny",
     "--limit", "4", "--out", "run",
 ]  # fmt: skip
-for setting in (SMALL | {"training.save_every": 0}).items():
+for setting in (SMALL | {"checkpoint.save_every": 0}).items():
     COMMAND += ["--set", "{}={}".format(*setting)]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 TOKENS = canary.make_token(3), canary.make_token(4)
-TRACKED = {"training.tracker": "tensorboard", "training.max_steps": 2, "training.save_every": 1,
+TRACKED = {"tracking.tracker": "tensorboard", "training.max_steps": 2, "checkpoint.save_every": 1,
            "dataset.limit": 20, "generation.max_new_tokens": 2}  # fmt: skip
 pytestmark = [
     pytest.mark.slow,

@@ -9,7 +9,7 @@ from damage import flip
 
 from gemmate_lib import checkpoints
 from gemmate_lib.checkpoints import BadCheckpoint, choose, prune, read, seal, verify
-from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.config import Facts, GemmateError, resolve
 
 
 def make(folder: Path, step: int, loss: float | None = None) -> checkpoints.Checkpoint:
@@ -125,10 +125,11 @@ def test_the_same_step_twice_keeps_the_later(tmp_path: Path) -> None:
     ("settings", "said"),
     [
         ({"keep_last_n": 0}, "nothing is kept"),
-        ({"keep_best_n": 1, "eval_every": 0}, "set eval_every"),
-        ({"keep_best_n": 1, "eval_every": 2, "save_every": 3}, "multiple of eval_every"),
+        ({"keep_best_n": 1, "val_steps_freq": 0}, "set eval_every"),
+        ({"keep_best_n": 1, "val_steps_freq": 2, "save_every": 3}, "multiple of eval_every"),
+        ({"resume_option": "path"}, "needs checkpoint.path"),
     ],
 )
 def test_rules_that_could_not_hold_are_refused(settings: dict[str, int], said: str) -> None:
-    with pytest.raises(ValueError, match=said):
-        Experiment.model_validate({"training": settings})
+    with pytest.raises(GemmateError, match=said):
+        resolve("quotes", facts=Facts(), overrides=settings)

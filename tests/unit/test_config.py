@@ -144,7 +144,7 @@ def test_notebook_parameters_are_aliases_and_none_leaves_things_alone() -> None:
     [
         ("training.learning_rat=1", "'training.learning_rate'"),
         ("max_stesp=1", "'training.max_steps'"),
-        ("batch_size=1", "training.batch_size or generation.batch_size"),
+        ("revision=1", "model.revision or dataset.revision"),
         ("training.max_steps=0", r"training.max_steps: .* not 0 \(set by you\)"),
         ("training.learning_rate=.inf", "training.learning_rate: "),
         ("training.warmup_steps=0.1", "training.warmup_steps: "),

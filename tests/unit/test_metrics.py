@@ -101,6 +101,27 @@ def test_batch_order_and_padding_change_nothing(model, tokenizer, encoded, order
     assert numbers.tolist() == counts[order].tolist()
 
 
+def test_packing_changes_nothing(model, tokenizer, encoded):
+    """All rows in one sequence, told apart by their positions alone, as packed rows are trained."""
+    sums, _ = m.token_losses(model, tokenizer, encoded, batch_size=1)
+    ids = torch.tensor([[token for row in encoded for token in row.input_ids]])
+    positions = torch.tensor([[i for row in encoded for i in range(len(row.input_ids))]])
+    with torch.no_grad():
+        isolated = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
+        mixed = model(input_ids=ids, use_cache=False).logits[0]
+
+    def of_rows(logits):
+        start, found = 0, []
+        for row in encoded:
+            losses = np.full(len(row.input_ids), np.nan)
+            m._take_losses(losses, logits[start : start + len(losses)], row.labels)
+            start, found = start + len(losses), [*found, np.nansum(losses)]
+        return found
+
+    np.testing.assert_allclose(of_rows(isolated), sums, rtol=1e-5)
+    assert not np.allclose(of_rows(mixed)[1:], sums[1:], rtol=1e-3)  # the test can fail
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_mode_is_restored_and_dropout_is_off(model, tokenizer, encoded, fails, monkeypatch):
     evaluated, _ = m.token_losses(model, tokenizer, encoded, batch_size=3)
