@@ -166,6 +166,8 @@ class TrainingConfig(Settings):
     """Between measurements of the validation loss; 0: none. [optimizer steps]"""
     early_stopping_patience: Count = 0
     """Stop after so many without gain, and go back to the best; 0: off. [evaluations]"""
+    group_by_length: bool = False
+    """Rows of like length to one step: less padding, batches less mixed."""
     packing: bool = False
     """Several rows to one sequence of max_length, each blind to the others."""
     gradient_checkpointing: bool = False
@@ -175,6 +177,12 @@ class TrainingConfig(Settings):
     def stops_early(self) -> bool:
         """Whether evaluations without gain may end the run."""
         return self.early_stopping_patience > 0 and self.eval_every > 0
+
+    @model_validator(mode="after")
+    def _one_remedy(self) -> "TrainingConfig":
+        if self.packing and self.group_by_length:
+            raise ValueError("packing leaves no padding: set group_by_length=false")
+        return self
 
 
 class CheckpointConfig(Settings):

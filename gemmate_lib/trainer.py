@@ -24,6 +24,7 @@ from gemmate_lib.checkpoints import name_of, verify
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Row, Splits, encode
 from gemmate_lib.memory import said_in_numbers
+from gemmate_lib.sampling import ByLength
 from gemmate_lib.temporal.collate import collator_for
 from gemmate_lib.tracking import tracking
 
@@ -142,6 +143,13 @@ def _build(
         callbacks=stops if training.stops_early else None,
     )
     trainer.remove_callback(PrinterCallback)
+    if training.group_by_length:
+        sampler = ByLength(
+            [len(ids) for ids in trainer.train_dataset["input_ids"]],
+            batch_size=training.batch_size * training.gradient_accumulation_steps,
+            seed=experiment.seed,
+        )
+        trainer._get_train_sampler = lambda *_: sampler
     # TRL casts every trainable parameter of a quantized model to bf16, which a T4 lacks and
     # a resumed run does not repeat: back to fp32.
     for parameter in model.parameters():

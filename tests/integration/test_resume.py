@@ -74,6 +74,24 @@ def test_resume_after_every_step(step: int, whole: Run, experiment: Make, tmp_pa
     assert not (out / ".unfinished").exists() and not (out / "trainer").exists()
 
 
+@pytest.fixture(scope="module")
+def grouped(experiment: Make, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    alike = experiment(**SMALL | {"training.group_by_length": True})
+    return finetune_model(alike, out=tmp_path_factory.mktemp("grouped") / "run")
+
+
+@pytest.mark.parametrize("step", [3, 8, 10])
+def test_resume_where_rows_of_like_length_stand_together(
+    step: int, grouped: Run, whole: Run, experiment: Make, tmp_path: Path
+) -> None:
+    """Before, at and after the end of an epoch; the second one has an order of its own."""
+    out = cut_off_after(step, grouped, tmp_path / "run")
+    alike = experiment(**SMALL | {"training.group_by_length": True})
+    run = finetune_model(alike, out=out, resume="last")
+    assert run.log == grouped.log != whole.log
+    assert same(state(run), state(grouped))
+
+
 def test_without_the_rng_another_result_comes_out(
     whole: Run, experiment: Make, tmp_path: Path
 ) -> None:
