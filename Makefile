@@ -10,7 +10,7 @@ ELECTIVES := $(filter-out $(CORE),$(wildcard notebooks/[0-9][0-9]_*.ipynb))
 NBVAL := GEMMATE_PROFILE=tiny $(BIN)/python tests/offline.py $(PYTEST) --nbval --nbval-sanitize-with tests/notebooks/sanitize.cfg --nbval-cell-timeout=1200 -W ignore
 
 .DEFAULT_GOAL := help
-.PHONY: help course test test-slow release lint types notebooks settings stamp machines faults lab bench lock outputs readme clean
+.PHONY: help course test test-slow release lint types notebooks settings performance stamp machines faults lab bench lock outputs readme clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -80,9 +80,13 @@ faults: $(VENV)/.made ## Inject every fault, fifty kills among them, and print t
 lab: $(VENV)/.made ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-bench: $(VENV)/.made ## Measure what fits this machine: an hour and a half
-	$(BIN)/python benchmarks/true_shape.py
-	$(BIN)/python benchmarks/temporal.py --out benchmarks/temporal.json
+bench: $(VENV)/.made ## Measure what fits this machine: two hours
+	for name in training generation loading startup survival temporal; do $(BIN)/gemmate bench $$name --out benchmarks/$$name.json || exit 1; done
+	$(BIN)/gemmate bench true_shape
+	$(MAKE) performance
+
+performance: $(VENV)/.made ## Write the README's table of performance from what was measured
+	$(BIN)/python benchmarks/performance.py README.md
 
 lock: ## Resolve the lock again, for Python 3.11 to 3.13
 	$(BIN)/uv pip compile --universal --python-version 3.11 --all-extras --no-annotate --no-header --no-emit-index-url pyproject.toml -o constraints.txt

@@ -5,7 +5,6 @@ checkpoints and copies of the same bytes by turns. Prints medians and ranges; `-
 JSON.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -16,13 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from common import parser_for, spread
+
 STEPS, PAIRS, MEGABYTES = 41, 7, 256
-
-
-def spread(values: Sequence[float]) -> list[float]:
-    """Median, smallest, largest."""
-    ordered = sorted(values)
-    return [ordered[len(ordered) // 2], ordered[0], ordered[-1]]
 
 
 def watched_steps() -> dict[str, Any]:
@@ -127,8 +122,7 @@ def writes(folder: Path) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure both; 1 where a limit is passed: 3 % of a step, half the speed of a copy."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser = parser_for(__doc__)
     parser.add_argument("--folder", type=Path, help="where to write; default: beside this file")
     given = parser.parse_args(arguments)
     from gemmate_lib import machine

@@ -5,7 +5,6 @@ Every part is a set of runs on the embedded model, each in a process of its own 
 tables; `--out FILE` writes JSON. Real dated events are read from the folder GEMMATE_REAL_DATA.
 """
 
-import argparse
 import json
 import os
 import subprocess
@@ -18,6 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from common import HIDDEN, parser_for
 from temporal_report import failures, lines, readme_table, report
 
 ROWS, EXAM_SEED = 32 * 600, 777
@@ -296,13 +296,12 @@ def run_all(todo: dict[str, Job], work: Path, at_a_time: int) -> dict[str, dict[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the benchmark."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser = parser_for(__doc__)
     parser.add_argument("--work", type=Path, help="folder that keeps the runs")
     parser.add_argument("--parts", default="headline,questions,drift,events,cost")
     parser.add_argument("--at-a-time", type=int, default=2, help="runs side by side")
     parser.add_argument("--readme", type=Path, help="Markdown file to write the main table into")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser.add_argument("--job", help=HIDDEN)
     given = parser.parse_args(arguments)
     from gemmate_lib import machine
 

@@ -7,7 +7,6 @@ While it loads, the peak counts the 4.7 GiB of weight files mapped into memory a
 system drops when it needs the room.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -19,6 +18,8 @@ import time
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from common import HIDDEN, parser_for
 
 LIMIT_GIB = 8.0
 TOKENS = 32
@@ -137,11 +138,10 @@ def show(result: dict[str, Any]) -> None:
 
 def main() -> int:
     """Make the model, measure in a fresh process, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser = parser_for(__doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
-    parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--make", type=Path, help=HIDDEN)
+    parser.add_argument("--measure", type=Path, help=HIDDEN)
     options = parser.parse_args()
     if options.make:
         make(options.make)

@@ -6,7 +6,15 @@ from typing import Annotated
 import typer
 
 from gemmate_lib.cli_runs import Limit, runs_app
-from gemmate_lib.cli_shipped import Overrides, Profile, card_app, config_app, progress, tiny_app
+from gemmate_lib.cli_shipped import (
+    Overrides,
+    Profile,
+    bench,
+    card_app,
+    config_app,
+    progress,
+    tiny_app,
+)
 
 app = typer.Typer(
     name="gemmate",
@@ -19,6 +27,9 @@ app.add_typer(runs_app)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
+app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
+    bench
+)
 
 
 @app.callback()

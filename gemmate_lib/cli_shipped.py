@@ -47,6 +47,42 @@ def tiny_build(
     build_all([among(only, (*NAMES, NAME), "embedded model")] if only else NAMES, out)
 
 
+def _benchmarks() -> dict[str, tuple[Path, str]]:
+    """Each benchmark's script, of the wheel or of the checkout, and the first line it says."""
+    import ast
+
+    folders = (Path(__file__).parents[up] / "benchmarks" for up in (0, 1))
+    found = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.py"))):
+        source = path.read_text("utf-8")
+        if "parser_for(__doc__)" in source:
+            said = ast.get_docstring(ast.parse(source)) or ""
+            found[path.stem] = path, said.splitlines()[0]
+    return found
+
+
+def bench(
+    context: typer.Context,
+    name: Annotated[str | None, typer.Argument(help="Which one; default: list them.")] = None,
+) -> None:
+    """Measure this machine: a table, and a JSON file with --out.
+
+    What stands behind the name goes to the benchmark; its own options: gemmate bench NAME -- --help
+    """
+    import subprocess
+    import sys
+
+    from gemmate_lib.config import among
+
+    found = _benchmarks()
+    if name is None:
+        typer.echo("\n".join(f"{key:<12} {said}" for key, (_, said) in found.items()))
+        return
+    script = found[among(name, found, "benchmark")][0]
+    command = [sys.executable, str(script), *context.args]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
 @card_app.command("list")
 def card_list() -> None:
     """List the data sets that have a card."""

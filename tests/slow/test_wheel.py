@@ -66,6 +66,7 @@ def test_all_seven_notebooks_run_from_the_wheel(
         python, "-c", "import gemmate_lib; print(gemmate_lib.__file__)", cwd=empty, env=colab
     )
     assert str(python.parents[1]) in where
+    assert "generation" in call(python.with_name("gemmate"), "bench", cwd=empty, env=colab)
     told = call(python.with_name("gemmate"), "course", "--profile", "tiny", cwd=empty, env=colab)
     records = [json.loads(f.read_text("utf-8")) for f in empty.glob("runs/course/*/manifests/*")]
     assert len(records) == 7 and all(r["ok"] for r in records), told

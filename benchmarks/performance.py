@@ -1,0 +1,77 @@
+"""The README's table of performance, from the JSON files that the benchmarks wrote.
+
+`python benchmarks/performance.py README.md` writes it between its two markers; nothing in it was
+not measured, and each line names its machine.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from common import shown
+
+HERE, MARK = Path(__file__).parent, ("<!-- performance -->\n", "\n<!-- /performance -->")
+HEAD = """| what | before | after | times as fast | machine |
+|---|---|---|---|---|"""
+
+
+def _line(what: str, before: str, after: str, faster: list[float], machine: dict[str, Any]) -> str:
+    short = f"{machine['device']} {machine['capability']}, {machine['threads']} thread"
+    return f"| {what} | {before} | {after} | {shown(faster)} | {short} |"
+
+
+def training(found: dict[str, Any]) -> list[str]:
+    """A line for each model: the original recipe and ours."""
+    return [
+        _line(
+            f"Training step of four rows, {name} (losses equal within {gap:.0e})",
+            f"{shown(arms['original']['ms a step'][0])} ms",
+            f"{shown(arms['ours']['ms a step'][0])} ms",
+            arms["ours"]["times as fast"],
+            found["machine"],
+        )
+        for name, arms in found["models"].items()
+        for gap in [arms["ours"]["largest loss gap"]]
+    ]
+
+
+def generation(found: dict[str, Any]) -> list[str]:
+    """One prompt at a time and batches; equal texts."""
+    ways = found["ways"]
+    before, after = ways["one at a time"], ways["ours, batches of 32"]
+    what = f"Generation for {found['prompts']} test rows (equal texts)"
+    cells = [f"{shown(way['s'][0])} s" for way in (before, after)]
+    return [_line(what, *cells, after["times as fast"], found["machine"])]
+
+
+def loading(found: dict[str, Any]) -> list[str]:
+    """Quantizing again and the saved 4-bit copy; equal logits."""
+    before, after = found["ways"]["quantized again"], found["ways"]["4-bit copy"]
+    cells = [f"{shown(way['load s'][0])} s, {shown(way['GiB'][0])} GiB" for way in (before, after)]
+    what = "Loading gemma-2b's shape in NF4; peak with a first forward (equal logits)"
+    return [_line(what, *cells, after["times as fast"], found["machine"])]
+
+
+def table(folder: Path = HERE) -> str:
+    """The table in Markdown."""
+    parts = {"training": training, "generation": generation, "loading": loading}
+    lines = [HEAD]
+    for name, make in parts.items():
+        lines += make(json.loads((folder / f"{name}.json").read_text("utf-8")))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the table into the file that is named, or print it."""
+    if len(sys.argv) < 2:
+        print(table())
+        return
+    page = Path(sys.argv[1])
+    before, _, rest = page.read_text("utf-8").partition(MARK[0])
+    after = rest.partition(MARK[1])[2]
+    page.write_text(f"{before}{MARK[0]}{table()}{MARK[1]}{after}", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

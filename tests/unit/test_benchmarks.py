@@ -1,0 +1,77 @@
+"""The benchmarks: listed, told apart from their helpers, and the README's table is theirs."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gemmate_lib.cli import app
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+
+
+def test_they_are_listed_each_with_what_it_asks() -> None:
+    told = CliRunner().invoke(app, ["bench"])
+    lines = dict(line.split(maxsplit=1) for line in told.output.splitlines())
+    names = {"training", "generation", "loading", "startup", "survival", "temporal", "true_shape"}
+    assert names == {*lines}
+    assert all(len(said) > 30 for said in lines.values())
+
+
+@pytest.mark.parametrize(
+    "name", ["training", "generation", "loading", "startup", "temporal", "survival"]
+)
+def test_each_explains_itself_and_hands_on_its_exit_code(name: str) -> None:
+    gemmate = [sys.executable, "-m", "gemmate_lib", "bench", name]
+    run = lambda *more: subprocess.run(  # noqa: E731
+        [*gemmate, *more], capture_output=True, text=True, check=False
+    )
+    told = run("--", "--help")
+    assert told.returncode == 0 and "--out" in told.stdout
+    wrong = run("--nosuch")
+    assert wrong.returncode == 2 and "unrecognized arguments: --nosuch" in wrong.stderr
+
+
+def test_a_median_and_its_range_and_ratios_pair_by_pair() -> None:
+    from common import ratios, shown, spread
+
+    assert spread([3.0, 1.0, 2.0, 9.0, 4.0]) == [3.0, 1.0, 9.0]
+    assert ratios([2.0, 4.0, 9.0], [1.0, 4.0, 3.0]) == [2.0, 1.0, 3.0]
+    assert shown([3.0, 1.0, 9.0]) == "3 (1 to 9)" and shown("as it is") == "as it is"
+
+
+def test_the_readmes_table_of_performance_is_the_measured_one(tmp_path: Path) -> None:
+    from performance import table
+
+    assert table() in (ROOT / "README.md").read_text("utf-8"), "run `make performance`"
+    for name in ("training", "generation", "loading"):
+        found = json.loads((ROOT / f"benchmarks/{name}.json").read_text("utf-8"))
+        assert found["machine"]["versions"]["torch"] and found["machine"]["threads"]
+        (tmp_path / f"{name}.json").write_text(json.dumps(found))
+    assert table(tmp_path) == table()
+    found["ways"]["4-bit copy"]["times as fast"][0] = 12.25
+    (tmp_path / "loading.json").write_text(json.dumps(found))
+    assert "12.2 (" in table(tmp_path)
+
+
+def test_what_the_table_tells_holds_in_the_files() -> None:
+    """The limits that the scripts end with 1 for, in what was committed."""
+    found = {
+        name: json.loads((ROOT / f"benchmarks/{name}.json").read_text("utf-8"))
+        for name in ("training", "generation", "loading")
+    }
+    for arms in found["training"]["models"].values():
+        assert arms["ours"]["times as fast"][0] >= 1.5 and arms["ours"]["largest loss gap"] < 1e-3
+    ways = found["generation"]["ways"]
+    assert ways["ours, batches of 32"]["times as fast"][0] >= 5
+    assert all(way["other texts"] == 0 for way in ways.values())
+    copy = found["loading"]["ways"]["4-bit copy"]
+    assert copy["times as fast"][0] >= 15 and copy["GiB"][2] < 4 and found["loading"]["same logits"]
