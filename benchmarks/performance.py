@@ -17,7 +17,8 @@ HEAD = """| what | before | after | times as fast | machine |
 
 
 def _line(what: str, before: str, after: str, faster: list[float], machine: dict[str, Any]) -> str:
-    short = f"{machine['device']} {machine['capability']}, {machine['threads']} thread"
+    threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
+    short = f"{machine['device']}, {machine['capability']}, {threads}"
     return f"| {what} | {before} | {after} | {shown(faster)} | {short} |"
 
 
