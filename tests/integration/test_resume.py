@@ -245,6 +245,40 @@ def test_copies_go_to_storage_and_come_back(
     assert "checkpoint-4 was not copied to memory://bucket/run: no such bucket" in caplog.text
 
 
+def test_copies_go_and_come_only_where_asked_for(experiment: Make, tmp_path: Path) -> None:
+    from gemmate_lib.storage import FsspecStorage
+
+    remote = {"checkpoint.remote_path": "memory://other/run", "training.max_steps": 2}
+    kept = SMALL | remote | {"checkpoint.sync_to_storage": False}
+    finetune_model(experiment(**kept), out=tmp_path / "kept")
+    assert FsspecStorage("memory://other/run").names() == []
+    finetune_model(experiment(**SMALL | remote), out=tmp_path / "copied")
+    assert FsspecStorage("memory://other/run").names() == ["checkpoint-2", "checkpoint-1"]
+    alone = SMALL | remote | {"checkpoint.load_from_storage": False}
+    run = finetune_model(experiment(**alone), out=tmp_path / "alone", resume="last")
+    assert "resumed" not in run.manifest
+
+
+@pytest.mark.parametrize("option", ["last", "path"])
+def test_a_setting_goes_on_as_well(
+    option: str, whole: Run, experiment: Make, tmp_path: Path
+) -> None:
+    out = cut_off_after(5, whole, tmp_path / "run")
+    asked = {"checkpoint.resume_from_checkpoint": True, "checkpoint.resume_option": option,
+             "checkpoint.path": str(out / "checkpoints/checkpoint-4")}  # fmt: skip
+    run = finetune_model(experiment(**SMALL | asked), out=out)
+    assert run.manifest["resumed"]["step"] == (5 if option == "last" else 4)
+    assert same(state(run), state(whole))
+
+
+def test_a_checkpoint_every_second_epoch(experiment: Make, tmp_path: Path) -> None:
+    every = {"training.max_steps": -1, "training.num_epochs": 3, "training.eval_every": 0,
+             "checkpoint.save_strategy": "epoch", "checkpoint.save_every_epochs": 2}  # fmt: skip
+    run = finetune_model(experiment(**SMALL | every), out=tmp_path / "run")
+    found = list(checkpoints.sealed(run.directory / "checkpoints"))
+    assert run.metrics["steps"] == 24 and [each.step for each in found] == [16]
+
+
 COMMAND = [
     sys.executable, "-u", "-m", "gemmate_lib", "finetune", "quotes", "--profile", "tiny",
     "--limit", "4", "--out", "run",

@@ -112,3 +112,61 @@ def test_what_cannot_be_is_refused(override: str, said: str) -> None:
 )
 def test_what_is_gone_on_with(settings: dict[str, Any], expected: str | None) -> None:
     assert Experiment(checkpoint=settings).checkpoint.resume == expected
+
+
+def test_the_level_of_messages(capsys: pytest.CaptureFixture[str]) -> None:
+    import logging
+
+    from gemmate_lib import machine
+
+    log = logging.getLogger("gemmate")
+    try:
+        for level, heard in (("INFO", True), ("WARNING", False)):
+            machine.speak(level)
+            assert log.isEnabledFor(logging.INFO) == heard
+            assert machine.transformers_level(level) == ("info" if heard else "error")
+    finally:
+        log.setLevel(logging.NOTSET)
+        log.handlers.clear()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_deterministic_algorithms_are_asked_for_or_not(wanted: bool) -> None:
+    import torch
+
+    from gemmate_lib import machine
+
+    try:
+        machine.prepare(seed=0, threads=1, deterministic=wanted)
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+    finally:
+        machine.prepare(seed=0, threads=1)
+
+
+def test_runs_are_kept_where_the_experiment_says(tmp_path: Path) -> None:
+    from gemmate_lib import machine
+    from gemmate_lib.sft import home_of
+
+    own = resolve("quotes", facts=Facts(), overrides={"project_dir": str(tmp_path)}).experiment
+    assert home_of(own) == tmp_path and home_of(Experiment()) == machine.runs_home()
+
+
+@pytest.mark.parametrize(
+    ("settings", "installed", "said"),
+    [
+        ({}, False, "needs torch_xla, which is not installed"),
+        ({"quantization": "nf4"}, True, "no 4-bit kernels for xla"),
+    ],
+)
+def test_what_xla_cannot_do_here_is_said(
+    settings: dict[str, str], installed: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    from gemmate_lib.models import load_base
+    from gemmate_lib.settings import ModelConfig
+
+    if installed:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(GemmateError, match=said):
+        load_base(ModelConfig(device="xla", **settings))
