@@ -146,8 +146,8 @@ def started(cells: list[dict[str, Any]]) -> int:
 
 
 def main_metric(cells: list[dict[str, Any]]) -> str | None:
-    """The text after the last printed `main metric: `."""
-    texts = ("".join(output.get("text", "")) for cell in cells for output in cell["outputs"])
+    """The text after the last printed `main metric: `; a busy kernel splits a line into pieces."""
+    texts = ("".join(t for out in cell["outputs"] for t in out.get("text", "")) for cell in cells)
     lines = [line for text in texts for line in text.splitlines() if line.startswith(METRIC)]
     return lines[-1].removeprefix(METRIC).strip() if lines else None
 

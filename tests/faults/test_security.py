@@ -20,6 +20,7 @@ import browser
 import canary
 import pytest
 import torch
+from printed import printed
 
 from gemmate_lib import checkpoints, cli, evaluate
 from gemmate_lib.adapters import load_adapter
@@ -917,7 +918,7 @@ def test_no_token_in_a_run_a_notebook_and_a_tracker(tmp_path: Path, note: Note,
     (tmp_path / "said.txt").write_text("".join(heard for _, heard in said))
     assert [status for status, _ in said] == [0, 0, 0]
     assert next((tmp_path / "run").rglob("events.out.tfevents.*")).stat().st_size > 1000
-    assert "token: environment" in (tmp_path / "course/notebooks/00_setup.ipynb").read_text()
+    assert "token: environment" in printed(tmp_path / "course/notebooks/00_setup.ipynb")
     assert len([*tmp_path.rglob("*")]) > 30 and not [*canary.leaks(tmp_path, NAMED)]
     note("a token in HF_TOKEN, in a run, a tracker's database and a notebook", "in no file")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import canary
 import offline
 import pytest
+from printed import printed
 
 ROOT = Path(__file__).parents[2]
 TOKENS = canary.make_token(3), canary.make_token(4)
@@ -54,8 +55,7 @@ def test_no_file_holds_the_token_that_was_at_hand(home: Path) -> None:
 
     That what is searched for would be found is shown in tests/faults/test_security.py.
     """
-    first = (home / "course/notebooks/00_setup.ipynb").read_text("utf-8")
-    assert "token: environment" in first
+    assert "token: environment" in printed(home / "course/notebooks/00_setup.ipynb")
     assert next((home / "run").rglob("events.out.tfevents.*")).stat().st_size > 1000
     named = dict(zip(("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), TOKENS, strict=True))
     assert not list(canary.leaks(home, named))

@@ -7,6 +7,7 @@ import time
 
 import psutil
 import pytest
+from printed import printed
 
 from gemmate_lib import batches, course, headless
 from gemmate_lib.batches import Job, check_parameters, plan, read_grid, read_pairs, select
@@ -94,8 +95,7 @@ def test_gives_the_notebook_its_parameters_profile_and_folders(executed):
     assert (result.executed, result.cells) == (4, 4)
     assert (executed.directory / "runs" / "made").is_dir()
     assert (executed.directory / "figures" / "04_generate" / "empty.png").is_file()
-    text = (executed.directory / "notebooks" / "04_generate.ipynb").read_text("utf-8")
-    assert "tiny 1 1" in text
+    assert "tiny 1 1" in printed(executed.directory / "notebooks" / "04_generate.ipynb")
 
 
 def test_writes_manifests_without_token_and_a_report_with_the_figure(executed):
@@ -443,3 +443,9 @@ def test_importing_the_course_is_light():
     code += "'matplotlib', 'jinja2') if m in sys.modules])"
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert said.stdout.strip() == "[]"
+
+
+def test_a_metric_that_the_kernel_split_is_read_whole():
+    pieces = [{"output_type": "stream", "name": "stdout", "text": text}
+              for text in (["first\n", "main metric:"], " 7 rows\n")]  # fmt: skip
+    assert main_metric([{"outputs": pieces}, {"outputs": []}]) == "7 rows"
