@@ -5,7 +5,6 @@ checkpoints and copies of the same bytes by turns. Prints medians and ranges; `-
 JSON.
 """
 
-import json
 import os
 import shutil
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from common import parser_for, spread
+from common import parser_for, spread, write
 
 STEPS, PAIRS, MEGABYTES = 41, 7, 256
 
@@ -137,8 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
             )  # fmt: skip
             print(f"{name:>10}  {key:<22} {shown}")
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    write(found, given.out)
     slow = found["step"]["share"][0] > 0.03 or found["checkpoint"]["speed against a copy"][0] < 0.5
     return 1 if slow else 0
 

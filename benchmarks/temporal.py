@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from common import HIDDEN, parser_for
+from common import HIDDEN, parser_for, write
 from temporal_report import failures, lines, readme_table, report
 
 ROWS, EXAM_SEED = 32 * 600, 777
@@ -322,8 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found["cost"] = cost()
     found["machine"] = machine.describe()
     print("\n".join(lines(found)))
-    if given.out:
-        given.out.write_text(json.dumps(found, indent=1) + "\n", "utf-8")
+    write(found, given.out)
     if given.readme:
         whole = given.readme.read_text("utf-8")
         before, _, rest = whole.partition("<!-- temporal -->\n")

@@ -52,10 +52,15 @@ class Card(BaseModel, extra="forbid", frozen=True):
     defects: list[str]
 
 
+def shipped(name: str, pattern: str) -> dict[str, Path]:
+    """Return the files of a folder by their stems: those of the wheel, or of the checkout."""
+    folders = (Path(__file__).parents[up] / name for up in (0, 1))
+    return {path.stem: path for folder in folders for path in sorted(folder.glob(pattern))}
+
+
 def card_paths() -> dict[str, Path]:
-    """Return the cards by name: those of the wheel, or those of the checkout."""
-    folders = (Path(__file__).parents[up] / "data_cards" for up in (0, 1))
-    return {path.stem: path for folder in folders for path in sorted(folder.glob("*.md"))}
+    """Return the cards by name."""
+    return shipped("data_cards", "*.md")
 
 
 def read_card(name_or_path: str | Path) -> Card:

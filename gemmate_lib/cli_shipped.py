@@ -48,16 +48,17 @@ def tiny_build(
 
 
 def _benchmarks() -> dict[str, tuple[Path, str]]:
-    """Each benchmark's script, of the wheel or of the checkout, and the first line it says."""
+    """Each benchmark's script, and the first line it says."""
     import ast
 
-    folders = (Path(__file__).parents[up] / "benchmarks" for up in (0, 1))
+    from gemmate_lib.cards import shipped
+
     found = {}
-    for path in (path for folder in folders for path in sorted(folder.glob("*.py"))):
+    for name, path in shipped("benchmarks", "*.py").items():
         source = path.read_text("utf-8")
         if "parser_for(__doc__)" in source:
             said = ast.get_docstring(ast.parse(source)) or ""
-            found[path.stem] = path, said.splitlines()[0]
+            found[name] = path, said.splitlines()[0]
     return found
 
 

@@ -55,31 +55,24 @@ PUBLISHED = {
     "wandb_log_freq": "tracking.log_frequency",
     "model_to_wandb": "tracking.upload_model",
 }
-Read = Callable[[Any], Any]
-
-
-class _Nothing(Exception):
-    """A value that asks for nothing, such as fp16=false."""
+Read = Callable[[Any], Any]  # None: the value asks for nothing, as fp16=false does
 
 
 def _if_true(meaning: str) -> Read:
     def read(value: Any) -> Any:
         if not isinstance(value, bool):
             raise GemmateError(f"Write true or false, not {value!r}, where {meaning} is meant.")
-        if not value:
-            raise _Nothing
-        return meaning
+        return meaning if value else None
 
     return read
 
 
-def _local(value: Any) -> Any:
+def _local(value: Any) -> None:
     if value != "local":
         raise GemmateError(
             f"storage_backend={value} says not where to. Set checkpoint.remote_path to a URL, as "
             "s3://bucket/folder: its scheme names the backend."
         )
-    raise _Nothing
 
 
 _READ: dict[str, Read] = {
@@ -117,10 +110,11 @@ def read_setting(name: str, value: Any) -> dict[str, Any]:
 
     Raises: GemmateError for a name that is unknown or ambiguous, or a value without a meaning.
     """
-    try:
-        return {find_key(name): _READ[name](value) if name in _READ else value}
-    except _Nothing:
-        return {}
+    key = find_key(name)
+    if name not in _READ:
+        return {key: value}
+    meant = _READ[name](value)
+    return {} if meant is None else {key: meant}
 
 
 def _row(key: str, group: type[BaseModel], default: Any) -> str:

@@ -21,8 +21,9 @@ from gemmate_lib.storage import FsspecStorage
 log = logging.getLogger("gemmate")
 FOLDER, MARK = "checkpoints", ".unfinished"  # the mark is locked while a process writes the run
 # Settings that decide what is kept, said or done afterwards, and not what is computed.
-WITHOUT_EFFECT = {"name", "profile", "project_dir", "training.recipe"}
-GROUPS_WITHOUT = ("checkpoint", "tracking", "generation")
+WITHOUT_EFFECT = {
+    "name", "profile", "project_dir", "training.recipe", "checkpoint", "tracking", "generation",
+}  # fmt: skip
 OPTIMIZER = "checkpoint.save_optim"  # what to allow in order to go on without its state
 
 # Of the system, of safetensors, and of torch's two writers.
@@ -37,7 +38,7 @@ def identity_of(
     found = {
         key: value
         for key, value in settings.items()
-        if key not in WITHOUT_EFFECT and key.split(".")[0] not in GROUPS_WITHOUT
+        if not WITHOUT_EFFECT & {key, key.split(".")[0]}
     }
     found |= {f"rows.{split}": digest for split, digest in checksums.items()}
     found["base.weights_sha256"] = base["weights_sha256"]

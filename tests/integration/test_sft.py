@@ -117,16 +117,6 @@ def test_early_stop_and_checkpoints(experiment: Make, tmp_path: Path) -> None:
     assert any((run.directory / "checkpoints").glob("checkpoint-*"))
 
 
-def test_a_tracker_is_truly_initialised(experiment: Make, tmp_path: Path) -> None:
-    run = finetune_model(experiment(**SHORT, tracker="tensorboard"), out=tmp_path / "run")
-    assert list(run.directory.rglob("events.out.tfevents.*"))
-
-
-def test_a_tracker_that_is_not_there_is_an_error(experiment: Make, tmp_path: Path) -> None:
-    with pytest.raises(GemmateError, match="nosuch is not installed"):
-        finetune_model(experiment(**SHORT, tracker="nosuch"), out=tmp_path / "run")
-
-
 def test_the_manifest_tells_what_decided_the_result(experiment: Make, tmp_path: Path) -> None:
     run = finetune_model(experiment(**SHORT), out=tmp_path / "run")
     manifest = json.loads((run.directory / "manifest.json").read_text("utf-8"))
