@@ -61,6 +61,20 @@ def test_a_logged_loss_stops(name: str, given: Given) -> None:
         Watch(None).on_log(args(), state(), None, logs={name: float("nan")}, **given)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_looking_at_weights_copies_none(bad: float) -> None:
+    """Summed as float32, the words of a 16-bit gemma-2b would be held twice more."""
+    model = torch.nn.Embedding(1000, 1000, dtype=torch.bfloat16)
+    model.register_parameter("nothing", torch.nn.Parameter(torch.empty(0)))
+    with torch.profiler.profile(profile_memory=True) as profile:
+        Watch(None).on_train_begin(args(), state(), None, model=model)
+    assert sum(max(0, event.cpu_memory_usage) for event in profile.events()) < 1000
+    with torch.no_grad():
+        model.weight[3, 7] = bad
+    with pytest.raises(Diverged, match="weight is not finite before the first step"):
+        Watch(None).on_train_begin(args(), state(), None, model=model)
+
+
 def test_a_trained_weight_stops_and_a_frozen_one_is_looked_at_once(given: Given) -> None:
     watch, model = Watch(None), given["model"]
     model.bias.requires_grad_(False)
