@@ -30,12 +30,12 @@ test: lint types unit course-notebooks ## Everything that must hold before a com
 unit: $(VENV)/.made
 	$(PYTEST) -m "not slow and not gpu"
 
-test-slow: $(VENV)/.made ## What takes longer: electives, solutions, another machine, no network, wheel, rebuild, true shape
+test-slow: $(VENV)/.made ## What takes longer: electives, solutions, another machine, no network, wheel
 	$(NBVAL) $(ELECTIVES) notebooks/solutions
 	sh tests/notebooks/machines.sh "avx2 2"
 	$(PYTEST) --no-loadscope-reorder -m "slow and not gpu and not release" --durations=12
 
-release: $(VENV)/.made ## What only a release needs: the second embedded model rebuilt, intervals with all resamples
+release: $(VENV)/.made ## What only a release needs: the embedded models rebuilt, fifty kills, the true shape, all resamples
 	$(PYTEST) -m "release and not gpu"
 
 lint: $(VENV)/.made ## Style, floors, notebooks fit to be read, spelling, secrets
@@ -80,8 +80,8 @@ faults: $(VENV)/.made ## Inject every fault, fifty kills among them, and print t
 lab: $(VENV)/.made ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
-bench: $(VENV)/.made ## Measure what fits this machine: two hours
-	for name in training generation loading startup survival temporal; do $(BIN)/gemmate bench $$name --out benchmarks/$$name.json || exit 1; done
+bench: $(VENV)/.made ## Measure what fits this machine: four hours
+	for name in training memory generation loading startup scaling peers limit survival temporal; do $(BIN)/gemmate bench $$name --out benchmarks/$$name.json || exit 1; done
 	$(BIN)/gemmate bench true_shape
 	$(MAKE) performance
 

@@ -62,6 +62,7 @@ def test_killed_in_a_save(phase: str, killed: dict[str, dict[str, Any]], note: N
 
 
 @pytest.mark.slow
+@pytest.mark.release
 def test_killed_fifty_times(tmp_path: Path, note: Note) -> None:
     trials = kill(tmp_path, "50")
     assert sum(trial["killed"] for trial in trials) == 50

@@ -188,11 +188,9 @@ def test_embedded_models_copy_what_they_never_saw(name: str) -> None:
     assert build.echo_accuracy(model) > 0.9
 
 
-SECOND = pytest.param("tiny-gemma2", marks=pytest.mark.release)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-gemma", SECOND])
+@pytest.mark.release
+@pytest.mark.parametrize("name", build.NAMES)
 def test_a_whole_rebuild_is_the_same_model(name: str, tmp_path: Path) -> None:
     """Minutes on a core of its own. The last bits differ between CPUs, the model does not."""
     build.build_all([name], tmp_path)
