@@ -24,26 +24,19 @@ from common import HIDDEN, parser_for
 LIMIT_GIB = 8.0
 TOKENS = 32
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "safetensors")
-GEMMA_2B: dict[str, Any] = {  # google/gemma-2b, config.json
-    "hidden_size": 2048,
-    "num_hidden_layers": 18,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 1,
-    "head_dim": 256,
-    "intermediate_size": 16384,
-    "vocab_size": 256000,
-}
 
 
-def make(directory: Path) -> None:
+def make(directory: Path, layers: int = 18) -> None:
     """Write a random gemma-2b as bfloat16 safetensors, one shard a layer: never whole in memory."""
     import torch
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, GemmaConfig
 
+    from gemmate_lib.footprint import GEMMA_2B
     from gemmate_lib.models import EMBEDDED
 
-    config = GemmaConfig(**GEMMA_2B, dtype="bfloat16", architectures=["GemmaForCausalLM"])
+    shape = GEMMA_2B | {"num_hidden_layers": layers}
+    config = GemmaConfig(**shape, dtype="bfloat16", architectures=["GemmaForCausalLM"])
     config.save_pretrained(directory)
     for source in EMBEDDED["tiny-gemma"].glob("tokenizer*"):  # any tokenizer will do
         shutil.copy(source, directory)
@@ -140,18 +133,19 @@ def main() -> int:
     """Make the model, measure in a fresh process, report."""
     parser = parser_for(__doc__)
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
+    parser.add_argument("--layers", type=int, default=18, help="fewer, to see that it runs")
     parser.add_argument("--make", type=Path, help=HIDDEN)
     parser.add_argument("--measure", type=Path, help=HIDDEN)
     options = parser.parse_args()
     if options.make:
-        make(options.make)
+        make(options.make, options.layers)
         return 0
     if options.measure:
         options.out.write_text(json.dumps(measure(options.measure, options.dtype), indent=2))
         return 0
     with tempfile.TemporaryDirectory(prefix="true_shape_") as directory:
         figures = Path(directory) / "figures.json"
-        run_fresh("--make", directory)
+        run_fresh("--make", directory, "--layers", str(options.layers))
         run_fresh("--measure", directory, "--dtype", options.dtype, "--out", str(figures))
         result = json.loads(figures.read_text())
     show(result)

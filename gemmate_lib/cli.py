@@ -137,12 +137,28 @@ def finetune(
 
 
 @app.command()
-def doctor() -> None:
-    """Say what this machine can do, what differs from the lock, and where the token comes from."""
-    from gemmate_lib.doctor import examine
+def doctor(
+    fit: Annotated[
+        str | None, typer.Option(help="A model: say what fine-tuning it takes, and what fits.")
+    ] = None,
+    settings: Overrides = None,
+    profile: Profile = "auto",
+) -> None:
+    """Say what this machine can do, what differs from the lock, and where the token comes from.
 
-    for line in examine():
-        typer.echo(line)
+    With --fit MODEL, how much memory fine-tuning it needs, and how many rows fit here.
+    """
+    from gemmate_lib import machine
+    from gemmate_lib.config import resolve
+    from gemmate_lib.doctor import examine, fits
+
+    if fit is None:
+        lines = examine()
+    else:
+        overrides, facts = [*(settings or ()), f"model={fit}"], machine.read_facts()
+        found = resolve("quotes", facts=facts, profile=profile, overrides=overrides)
+        lines = fits(found.experiment, facts)
+    typer.echo("\n".join(lines))
 
 
 def run() -> None:
