@@ -70,12 +70,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from gemmate_lib import machine
 
     machine.quiet()
-    from gemmate_lib.config import Facts, resolve
+    from gemmate_lib.config import resolve
     from gemmate_lib.predictions import PROMPT_WORDS
     from gemmate_lib.sft import finetune_or_load, load_splits, open_run
 
-    settings = {"model.quantization": "none", "model.compute_dtype": "float32"}
-    found = resolve("quotes", facts=Facts(), profile="tiny", overrides=settings).experiment
+    facts = machine.read_facts()
+    settings = {"model.quantization": "none", "model.device": facts.device}
+    found = resolve("quotes", facts=facts, profile="tiny", overrides=settings).experiment
     opened = open_run(finetune_or_load(found))
     quotes = [row.fields["quote"].split() for row in load_splits(found).test[:PROMPTS]]
     prompts = [f"Quote: {' '.join(words[:PROMPT_WORDS])}" for words in quotes]

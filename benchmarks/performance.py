@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import shown
+from common import shown, spread
 
 HERE, MARK = Path(__file__).parent, ("<!-- performance -->\n", "\n<!-- /performance -->")
 HEAD = """| what | before | after | times as fast | machine |
@@ -54,9 +54,32 @@ def loading(found: dict[str, Any]) -> list[str]:
     return [_line(what, *cells, after["times as fast"], found["machine"])]
 
 
+def memory(found: dict[str, Any]) -> list[str]:
+    """Predicted and measured, over all configurations."""
+    each = found["configurations"].values()
+    predicted, measured = ([row[key] for row in each] for key in ("predicted GiB", "measured GiB"))
+    share = spread([row["measured / predicted"] for row in each])
+    what = f"Memory of a step at gemma-2b's shape, {len(each)} configurations: predicted, measured"
+    cells = [f"{min(values):.1f} to {max(values):.1f} GiB" for values in (predicted, measured)]
+    return [_line(what, *cells, share, found["machine"])]
+
+
+def limit(found: dict[str, Any]) -> list[str]:
+    """The share of the rate at which the machine multiplies large matrices."""
+    lines = []
+    for name, model in found["models"].items():
+        before, after = (model["arms"][arm]["of the matrix rate"] for arm in ("original", "ours"))
+        cells = [f"{way[0]:.0%}" for way in (before, after)]
+        faster = [a / b for a, b in zip(after, before, strict=True)]
+        what = f"Share of the matrix rate that a step's arithmetic reaches, {name}"
+        lines.append(_line(what, *cells, [faster[0], min(faster), max(faster)], found["machine"]))
+    return lines
+
+
 def table(folder: Path = HERE) -> str:
     """The table in Markdown."""
-    parts = {"training": training, "generation": generation, "loading": loading}
+    parts = {"training": training, "limit": limit, "generation": generation, "loading": loading,
+             "memory": memory}  # fmt: skip
     lines = [HEAD]
     for name, make in parts.items():
         lines += make(json.loads((folder / f"{name}.json").read_text("utf-8")))

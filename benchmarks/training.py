@@ -2,26 +2,28 @@
 
 The original recipe: NF4, LoRA of rank 8, one row at a time and four to an optimizer step, AdamW
 with its state in 8 bits. Every arm trains the same rows from the same start, in float32 arithmetic;
-the arms take turns, in one process, and a ratio is that of two runs side by side. The models: the
-embedded tiny Gemma, and a random one of 512 x 8 layers.
+the arms take turns, in one process, and a ratio is that of the times a row, side by side. The
+models: the embedded tiny Gemma, and a random one of 512 x 8 layers; gemma-2b's shape on a GPU.
 """
 
-import shutil
+import dataclasses
+import importlib.util
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from common import parser_for, ratios, report, spread, where, write
+from common import parser_for, random_gemma, ratios, report, spread, timed, where, write
+from true_shape import make
 
-PAIRS, WARM = 5, 2  # steps that are not timed
+PAIRS = 5
 ORIGINAL = {"training.recipe": "original", "training.batch_size": 1,
             "training.gradient_accumulation_steps": 4, "training.optim": "paged_adamw_8bit",
             "model.quantization": "nf4"}  # fmt: skip
 REAL = {"training.batch_size": 4, "training.gradient_accumulation_steps": 1}
+ASKED_FOR = "ours, compiled"  # minutes before the first step: left out unless it is named
 # Name -> what it changes in the original recipe.
 ARMS: dict[str, dict[str, Any]] = {
     "original": {},
@@ -34,60 +36,89 @@ ARMS: dict[str, dict[str, Any]] = {
     "ours": REAL | {"training.optim": "adamw_torch_fused"},
     "ours, like lengths": REAL
     | {"training.optim": "adamw_torch_fused", "training.group_by_length": True},
+    "ours, packed": REAL | {"training.optim": "adamw_torch_fused", "training.packing": True},
+    ASKED_FOR: REAL | {"training.optim": "adamw_torch_fused", "trl.torch_compile": True},
+}
+# What only a GPU has; left out where its package is missing.
+GPU_ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "ours, Liger": ("liger_kernel", ARMS["ours"] | {"trl.use_liger_kernel": True}),
+    "ours, FlashAttention": ("flash_attn", ARMS["ours"] | {"model.attention": "flash_attention_2"}),
 }
 # Other rows to a step, or other weights.
-OTHER_STEPS = ("like lengths", "weights in 32 bits", "ours, like lengths")
-SIZES = {"tiny": 32, "512 x 8": 10}  # steps of a run
+OTHER_STEPS = ("like lengths", "weights in 32 bits", "ours, like lengths", "ours, packed")
+SIZES = {"tiny": 32, "512 x 8": 10, "gemma-2b": 20}  # steps of a run
 
 
 def wide(folder: Path) -> str:
-    """A random Gemma of 512 x 8 layers that reads with the tiny one's tokenizer."""
+    """The random Gemma of 512 x 8 layers."""
+    return random_gemma(folder, 512, 8)
+
+
+def models_here(folder: Path) -> dict[str, str]:
+    """The models that fit this machine: two small ones, or gemma-2b's shape on a GPU."""
     import torch
-    from transformers import AutoModelForCausalLM, GemmaConfig
 
-    from gemmate_lib.models import EMBEDDED
+    if not torch.cuda.is_available():
+        return {"tiny": "tiny-gemma", "512 x 8": wide(folder / "wide")}
+    (folder / "gemma-2b").mkdir()
+    make(folder / "gemma-2b")
+    return {"gemma-2b": str(folder / "gemma-2b")}
 
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 128}
-    shape = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8}
-    torch.manual_seed(0)
-    config = GemmaConfig(vocab_size=2048, bos_token_id=2, eos_token_id=1, pad_token_id=0,
-                         **shape, **heads)  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    for source in EMBEDDED["tiny-gemma"].glob("tokenizer*"):
-        shutil.copy(source, folder)
-    return str(folder)
+
+def arms_here() -> list[str]:
+    """Every arm that this machine has the means for, and does not wait minutes for."""
+    import torch
+
+    if torch.cuda.is_available():
+        for name, (package, settings) in GPU_ARMS.items():
+            if importlib.util.find_spec(package):
+                ARMS[name] = settings
+    return [arm for arm in ARMS if arm != ASKED_FOR]
+
+
+def settings_of(model: str, arm: str, steps: int) -> Any:
+    """The experiment of an arm."""
+    from gemmate_lib import machine
+    from gemmate_lib.config import resolve
+
+    facts = machine.read_facts()
+    half = "bfloat16" if facts.device == "cuda" else "float32"
+    fixed = {"model": model, "training.max_steps": steps, "training.eval_every": 0,
+             "training.learning_rate": 2e-4, "model.compute_dtype": half, "threads": 1,
+             "model.device": facts.device, "dataset": "tiny_quotes"}  # fmt: skip
+    given = {key: value for key, value in ARMS[arm].items() if not key.startswith("trl.")}
+    overrides = fixed | ORIGINAL | given
+    return resolve("quotes", facts=facts, profile="tiny", overrides=overrides).experiment
+
+
+def lengths_of(model: str) -> list[int]:
+    """The lengths of the training rows, in tokens, in the order of the data."""
+    from gemmate_lib.data import encode
+    from gemmate_lib.models import load_tokenizer
+    from gemmate_lib.sft import load_splits
+
+    tokenizer, rows = load_tokenizer(model), load_splits(settings_of(model, "ours", 1)).train
+    encoded = (encode(row, tokenizer, max_length=128, over_long="drop") for row in rows)
+    return [len(ids.input_ids) for ids in encoded if ids is not None]
 
 
 def run(model: str, arm: str, steps: int, folder: Path) -> tuple[float, list[float]]:
     """Seconds of a step, and the loss after each."""
-    from transformers import TrainerCallback
+    import torch
 
-    from gemmate_lib import machine, trainer
-    from gemmate_lib.adapters import attach_lora
-    from gemmate_lib.config import Facts, resolve
-    from gemmate_lib.models import load_base
+    from gemmate_lib import trainer
     from gemmate_lib.sft import load_splits
 
-    fixed = {"model": model, "training.max_steps": steps, "training.eval_every": 0,
-             "training.learning_rate": 2e-4, "model.compute_dtype": "float32", "threads": 1,
-             "dataset": "tiny_quotes"}  # fmt: skip
-    settings = fixed | ORIGINAL | ARMS[arm]
-    found = resolve("quotes", facts=Facts(), profile="tiny", overrides=settings).experiment
-    machine.prepare(seed=0, threads=found.threads)
-    base, splits = load_base(found.model), load_splits(found)
-    tuned = attach_lora(base.model, found.lora, seed=0)
-    clock, times = TrainerCallback(), [0.0]
-    clock.on_step_end = lambda *_, **__: times.append(time.perf_counter())
-    build = trainer._build
+    found = settings_of(model, arm, steps)
+    extra = {key[4:]: value for key, value in ARMS[arm].items() if key.startswith("trl.")}
+    arguments = trainer._arguments
 
-    def clocked(*given: Any, **named: Any) -> Any:
-        made = build(*given, **named)
-        made.add_callback(clock)
-        return made
+    def with_extra(*given: Any, **named: Any) -> Any:
+        return dataclasses.replace(arguments(*given, **named), **extra)
 
-    with mock.patch.object(trainer, "_build", clocked):
-        log = trainer.train(tuned, base.tokenizer, splits, found, folder / "trainer")
-    return (times[-1] - times[WARM]) / (steps - WARM), [r["loss"] for r in log if "loss" in r]
+    torch.compiler.reset()  # nothing compiled before helps this run
+    with mock.patch.object(trainer, "_arguments", with_extra):
+        return timed(found, load_splits(found), folder / "trainer")
 
 
 def compare(model: str, steps: int, arms: Sequence[str], folder: Path) -> dict[str, Any]:
@@ -98,12 +129,17 @@ def compare(model: str, steps: int, arms: Sequence[str], folder: Path) -> dict[s
         for arm in arms:
             took, losses[arm] = run(model, arm, steps, folder)
             seconds[arm].append(took)
-    found: dict[str, Any] = {}
+    lengths, found = lengths_of(model), {}
     for arm in arms:
+        packed = "packed" in arm  # four sequences of 128 tokens hold more than four rows
+        rows = 4 * 128 * len(lengths) / sum(lengths) if packed else 4
         gaps = [abs(a - b) for a, b in zip(losses[arm], losses["original"], strict=True)]
         found[arm] = {
             "ms a step": spread([1000 * s for s in seconds[arm]]),
-            "times as fast": ratios(seconds["original"], seconds[arm]),
+            "rows a step": rows,
+            "times as fast": ratios(
+                [s / 4 for s in seconds["original"]], [s / rows for s in seconds[arm]]
+            ),
             "largest loss gap": "other steps" if arm in OTHER_STEPS else max(gaps),
         }
     return found
@@ -112,17 +148,16 @@ def compare(model: str, steps: int, arms: Sequence[str], folder: Path) -> dict[s
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure; 1 where ours is less than 1.5 times as fast, or takes other steps."""
     parser = parser_for(__doc__)
-    parser.add_argument("--arms", help="names, joined by commas; default: all")
+    parser.add_argument("--arms", help=f"names, joined by semicolons; default: no '{ASKED_FOR}'")
     given = parser.parse_args(arguments)
     from gemmate_lib import machine
 
     machine.quiet()
-    arms = ["original", *given.arms.split(",")] if given.arms else [*ARMS]
+    arms = ["original", *given.arms.split(";")] if given.arms else arms_here()
     found: dict[str, Any] = {"pairs": PAIRS, "models": {}}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        models = {"tiny": "tiny-gemma", "512 x 8": wide(folder / "wide")}
-        for name, model in models.items():
+        for name, model in models_here(folder).items():
             found["models"][name] = compare(model, SIZES[name], arms, folder)
             print(f"\n{name}, {SIZES[name]} steps of four rows")
             report([*found["models"][name].items()])

@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 from gemmate_lib.cli import app
 
 ROOT = Path(__file__).parents[2]
+NAMES = ("training", "memory", "generation", "loading", "startup", "scaling", "peers", "limit",
+         "survival", "temporal")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -21,14 +23,11 @@ def scripts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_they_are_listed_each_with_what_it_asks() -> None:
     told = CliRunner().invoke(app, ["bench"])
     lines = dict(line.split(maxsplit=1) for line in told.output.splitlines())
-    names = {"training", "generation", "loading", "startup", "survival", "temporal", "true_shape"}
-    assert names == {*lines}
+    assert {*NAMES, "true_shape"} == {*lines}
     assert all(len(said) > 30 for said in lines.values())
 
 
-@pytest.mark.parametrize(
-    "name", ["training", "generation", "loading", "startup", "temporal", "survival"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_each_explains_itself_and_hands_on_its_exit_code(name: str) -> None:
     gemmate = [sys.executable, "-m", "gemmate_lib", "bench", name]
     run = lambda *more: subprocess.run(  # noqa: E731
@@ -46,6 +45,32 @@ def test_a_median_and_its_range_and_ratios_pair_by_pair() -> None:
     assert spread([3.0, 1.0, 2.0, 9.0, 4.0]) == [3.0, 1.0, 9.0]
     assert ratios([2.0, 4.0, 9.0], [1.0, 4.0, 3.0]) == [2.0, 1.0, 3.0]
     assert shown([3.0, 1.0, 9.0]) == "3 (1 to 9)" and shown("as it is") == "as it is"
+
+
+def test_the_arithmetic_of_a_step_is_what_is_counted() -> None:
+    """torch's own counter leaves the CPU's fused attention out, and the first layer needs less."""
+    import torch
+    from limit import flops
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from gemmate_lib.adapters import attach_lora
+    from gemmate_lib.config import LoraSettings, ModelConfig
+    from gemmate_lib.models import load_base
+
+    base = load_base(ModelConfig(id="tiny-gemma", quantization="none", device="cpu"))
+    model = attach_lora(base.model, LoraSettings(r=16), seed=0).train()
+    text, ids = base.model.config, torch.randint(4, 2000, (4, 8))
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    assert flops(text, [8] * 4, 16) == pytest.approx(counter.get_total_flops(), rel=0.03)
+    assert flops(text, [64], 16) > 2 * flops(text, [32], 16)  # attention grows with the square
+
+
+def test_an_exponent_is_the_slope_of_the_logarithms() -> None:
+    from scaling import exponent
+
+    assert exponent([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+    assert exponent([1, 2, 4, 8], [5, 5, 5, 5]) == pytest.approx(0)
 
 
 def test_the_readmes_table_of_performance_is_the_measured_one(tmp_path: Path) -> None:
