@@ -12,7 +12,7 @@ from typing import Any
 from common import shown, spread
 
 HERE, MARK = Path(__file__).parent, ("<!-- performance -->\n", "\n<!-- /performance -->")
-HEAD = """| what | before | after | times as fast | machine |
+HEAD = """| what | before, or they | after, or ours | ratio | machine |
 |---|---|---|---|---|"""
 
 
@@ -59,9 +59,22 @@ def memory(found: dict[str, Any]) -> list[str]:
     each = found["configurations"].values()
     predicted, measured = ([row[key] for row in each] for key in ("predicted GiB", "measured GiB"))
     share = spread([row["measured / predicted"] for row in each])
-    what = f"Memory of a step at gemma-2b's shape, {len(each)} configurations: predicted, measured"
+    what = f"Memory of a step at gemma-2b's width, {len(each)} configurations: predicted, measured"
     cells = [f"{min(values):.1f} to {max(values):.1f} GiB" for values in (predicted, measured)]
     return [_line(what, *cells, share, found["machine"])]
+
+
+def peers(found: dict[str, Any]) -> list[str]:
+    """A line for each peer that ran on the larger model; the smaller one's are in the file."""
+    lines = []
+    for name, model in list(found["models"].items())[-2:]:
+        ours = f"{shown(model['arms']['ours']['ms a step'][0])} ms"
+        for peer, row in model["arms"].items():
+            if peer != "ours" and "ours times as fast" in row:
+                theirs = f"{shown(row['ms a step'][0])} ms"
+                what = f"The same training step with {peer}, {name}"
+                lines.append(_line(what, theirs, ours, row["ours times as fast"], found["machine"]))
+    return lines
 
 
 def limit(found: dict[str, Any]) -> list[str]:
@@ -78,8 +91,8 @@ def limit(found: dict[str, Any]) -> list[str]:
 
 def table(folder: Path = HERE) -> str:
     """The table in Markdown."""
-    parts = {"training": training, "limit": limit, "generation": generation, "loading": loading,
-             "memory": memory}  # fmt: skip
+    parts = {"training": training, "peers": peers, "limit": limit, "generation": generation,
+             "loading": loading, "memory": memory}  # fmt: skip
     lines = [HEAD]
     for name, make in parts.items():
         lines += make(json.loads((folder / f"{name}.json").read_text("utf-8")))

@@ -77,7 +77,7 @@ def test_the_readmes_table_of_performance_is_the_measured_one(tmp_path: Path) ->
     from performance import table
 
     assert table() in (ROOT / "README.md").read_text("utf-8"), "run `make performance`"
-    for name in ("training", "generation", "loading"):
+    for name in ("training", "peers", "limit", "generation", "memory", "loading"):
         found = json.loads((ROOT / f"benchmarks/{name}.json").read_text("utf-8"))
         assert found["machine"]["versions"]["torch"] and found["machine"]["threads"]
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
