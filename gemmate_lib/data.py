@@ -122,7 +122,7 @@ def load_dataset_splits(config: DatasetConfig, *, tokenizer: Any = None) -> Spli
     Raises:
         GemmateError: an unknown data set, one unlike its card, or without usable rows.
     """
-    tables = rename_columns(_tables(config), config.columns)
+    tables = rename_columns(read_tables(config), config.columns)
     columns = usual_columns(tables)
     form, required = find_form(columns, mapped=config.columns, template=config.template)
     used = {*required, *OPTIONAL.get(form, ())}
@@ -148,7 +148,11 @@ def load_dataset_splits(config: DatasetConfig, *, tokenizer: Any = None) -> Spli
     return Splits(**parts, report=report, form=form)
 
 
-def _tables(config: DatasetConfig) -> Tables:
+def read_tables(config: DatasetConfig) -> Tables:
+    """Read the records of each split as they are: from a card, a folder or files.
+
+    Raises: GemmateError for an unknown data set, or one unlike its card.
+    """
     origin, tables = Path(config.id).expanduser(), Tables()
     named = {split: getattr(config, split) for split in SPLITS}
     files = {split: Path(name).expanduser() for split, name in named.items() if name}

@@ -117,7 +117,8 @@ def test_real_instructions_are_read_both_ways(real):
         for row in every(splits)[:200]:
             ids, text = learnt(row)
             assert ids.input_ids.count(TOKENIZER.bos_token_id) == 1
-            assert text.removesuffix("<eos>").removesuffix("<end_of_turn>").strip() == (
-                row.fields["output"]
+            assert (
+                text.removesuffix("<eos>").removesuffix("<end_of_turn>").strip()
+                == (row.fields["output"])
             )
     assert "1 noted: an extra key (row 1486)" in plain.report.lines()
