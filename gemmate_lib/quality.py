@@ -4,9 +4,11 @@ Nothing here judges: `gemmate_lib.verdicts` says what to look at, `gemmate_lib.q
 """
 
 import math
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +18,7 @@ from gemmate_lib.data import Form, load_dataset_splits
 from gemmate_lib.examples import Example, read_examples
 from gemmate_lib.metrics import distinct_n
 from gemmate_lib.minhash import Pair, near_pairs
-from gemmate_lib.patterns import encoding_problems, personal_data
+from gemmate_lib.patterns import encoding_problems, personal_data, redact
 from gemmate_lib.splitting import normalise
 
 TOPICS, CLASSES = 8, 20
@@ -132,7 +134,7 @@ def _loading(config: DatasetConfig, tokenizer: Any) -> list[str]:
 def _relevance(examples: list[Example], task: DatasetConfig) -> Relevance:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    wanted = [each.text for each in read_examples(task)[2]]
+    wanted = [redact(each.text) for each in read_examples(task)[2]]
     own = {word for each in examples for word in normalise(each.text).split()}
     counts = Counter(word for text in wanted for word in normalise(text).split())
     covered = sum(count for word, count in counts.items() if word in own)
@@ -144,21 +146,25 @@ def _relevance(examples: list[Example], task: DatasetConfig) -> Relevance:
     near = vectorizer.transform([each.text for each in examples]) @ centre
     far = [each.row for each, value in zip(examples, near, strict=True) if value < least]
     share = covered / max(1, counts.total())
-    return Relevance(task.train or task.id, share, tuple(missing), tuple(far))
+    return Relevance(Path(task.train or task.id).name, share, tuple(missing), tuple(far))
 
 
 def _topics(texts: list[str]) -> list[Topic]:
     """Cluster the texts by their words, the largest first; none where they have no words."""
     from sklearn.cluster import KMeans
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.feature_extraction.text import TfidfVectorizer
 
+    texts = [redact(text) for text in texts]  # these words are printed
     vectorizer = TfidfVectorizer(stop_words="english", max_features=2_000, sublinear_tf=True)
     try:
         vectors = vectorizer.fit_transform(texts)
     except ValueError:  # nothing but stop words
         return []
-    number = min(TOPICS, max(1, len(texts) // 10), len(set(map(bytes, vectors.toarray()))))
-    found = KMeans(number, random_state=0, n_init=3).fit(vectors)
+    number = min(TOPICS, max(1, len(texts) // 10))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer different texts than topics
+        found = KMeans(number, random_state=0, n_init=3).fit(vectors)
     words, sizes = vectorizer.get_feature_names_out(), np.bincount(found.labels_, minlength=number)
     order = np.argsort(-sizes, kind="stable")
     best = np.argsort(-found.cluster_centers_, axis=1, kind="stable")[:, :5]

@@ -1,4 +1,4 @@
-"""Instructions as they are published: odd keys, placeholders, empty outputs; plain and as a chat."""
+"""Instructions as they are published: odd keys, placeholders, empty outputs; plain and chat."""
 
 import json
 
