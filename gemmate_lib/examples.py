@@ -74,7 +74,8 @@ def _example(record: Any, form: Form, config: DatasetConfig, row: int) -> Exampl
 def _chat(messages: Any, row: int) -> Example | None:
     """The last answer, and what stands before it; no template is needed to measure."""
     turns = messages if isinstance(messages, list) else []
-    said = [turn.get("content") for turn in turns if isinstance(turn, dict)]
-    if len(said) != len(turns) or len(said) < 2 or not all(isinstance(s, str) for s in said):
+    found = [turn.get("content") for turn in turns if isinstance(turn, dict)]
+    said = [text for text in found if isinstance(text, str)]
+    if len(said) != len(turns) or len(said) < 2:
         return None
     return Example(row, "\n".join(said[:-1]), said[-1])

@@ -128,7 +128,7 @@ def _run(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, "settings": flat(record["config"])} | about | parts
 
 
-def render_page(template: str = "report.html.j2", **content: Any) -> str:
+def render_page(template: str = "report.html.j2", /, **content: Any) -> str:
     """Render one of our templates with the style that all pages share; all else is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
