@@ -94,7 +94,11 @@ def test_noise_slips_inside_of_words_and_leaves_numbers():
 
 
 @pytest.mark.parametrize("splits", [REVIEWS, QUESTIONS], ids=["reviews", "questions"])
-@pytest.mark.parametrize("rewriter", [synonyms(share=1.0), noise(share=0.5)], ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    "rewriter",
+    [synonyms(read_synonyms() | {"the": ("that",)}, share=1.0), noise(share=0.5)],
+    ids=lambda r: r.name,
+)
 def test_labels_and_answers_stay(splits, rewriter):
     found, report = augment(splits, rewriter, copies=2, near=1.0)
     new = found.train[len(splits.train) :]
