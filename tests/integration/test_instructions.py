@@ -1,4 +1,4 @@
-"""Instruction tuning from the command line, on real rows with their odd one, and on a few of ours."""
+"""Instruction tuning from the command line: real rows with their odd one, and rows of ours."""
 
 import json
 
@@ -11,7 +11,8 @@ FEW = ["training.max_steps=4", "training.batch_size=2", "training.eval_every=2"]
 
 
 def finetune(file, out, *more):
-    given = [f"--set={item}" for item in (*FEW, f"dataset={file}", "model.quantization=none", *more)]
+    settings = (*FEW, f"dataset={file}", "model.quantization=none", *more)
+    given = [f"--set={item}" for item in settings]
     done = CliRunner().invoke(
         app, ["finetune", "quotes", "--out", str(out), "--limit=2", *given], catch_exceptions=False
     )
