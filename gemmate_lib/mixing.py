@@ -23,6 +23,7 @@ from gemmate_lib.sft import load_splits
 from gemmate_lib.stats import Interval
 from gemmate_lib.trainer import train
 
+Model = tuple[Any, Any]  # a model and its tokenizer
 Way = Literal["mixed", "in turn", "apart"]
 WAYS: tuple[Way, ...] = ("mixed", "in turn", "apart")
 # What is asked of a task, by the form of its rows.
@@ -84,7 +85,8 @@ def interleave(
     if rows < 1:
         raise GemmateError(f"{rows} rows are none to train on. Ask for 1 or more.")
     chances = shares({name: len(table) for name, table in tables.items()}, temperature=temperature)
-    places, found = [], []
+    places: list[Dataset] = []
+    found: list[tuple[str, int]] = []
     for name, table in tables.items():
         order = Dataset.from_dict({"task": [name] * len(table), "at": range(len(table))})
         places.append(order.shuffle(seed=seed))
@@ -107,7 +109,7 @@ def train_tasks(
     steps: int,
     temperature: float = 2.0,
     seed: int = 0,
-) -> dict[str, tuple[Any, Any]]:
+) -> dict[str, Model]:
     """Train for `steps` optimizer steps over all; return each task's model and tokenizer.
 
     mixed: one adapter, on rows drawn from all tasks. in turn: one adapter, a task after the other
@@ -118,15 +120,15 @@ def train_tasks(
     among(way, WAYS, "way to train on several tasks")
     if steps < len(tasks):
         raise GemmateError(f"{steps} steps for {len(tasks)} tasks. Give each at least one.")
+    model = _fresh(tasks, seed=seed)
     if way == "mixed":
         splits = mix(tasks, temperature=temperature, steps=steps, seed=seed)
-        model = _fresh(tasks, seed=seed)
         _train(model, splits, tasks, steps=steps, seed=seed)
         return dict.fromkeys(tasks, model)
     cuts = [round(i * steps / len(tasks)) for i in range(len(tasks) + 1)]
-    model, found = None, {}
+    found: dict[str, Model] = {}
     for (name, task), (start, end) in zip(tasks.items(), pairwise(cuts), strict=True):
-        if model is None or way == "apart":
+        if way == "apart" and found:
             model = _fresh(tasks, seed=seed)
         _train(model, task.splits, tasks, steps=end - start, seed=seed)
         found[name] = model
@@ -148,7 +150,7 @@ def counts(drawn: Sequence[tuple[str, Row]]) -> dict[str, int]:
     return dict(Counter(name for name, _ in drawn).most_common())
 
 
-def _fresh(tasks: Mapping[str, Task], *, seed: int) -> tuple[Any, Any]:
+def _fresh(tasks: Mapping[str, Task], *, seed: int) -> Model:
     experiment = next(iter(tasks.values())).experiment
     prepare(seed=seed, threads=experiment.threads, deterministic=experiment.deterministic)
     base = load_base(experiment.model)
@@ -156,7 +158,7 @@ def _fresh(tasks: Mapping[str, Task], *, seed: int) -> tuple[Any, Any]:
 
 
 def _train(
-    loaded: tuple[Any, Any], splits: Splits, tasks: Mapping[str, Task], *, steps: int, seed: int
+    loaded: Model, splits: Splits, tasks: Mapping[str, Task], *, steps: int, seed: int
 ) -> None:
     first = next(iter(tasks.values())).experiment
     longest = max(task.experiment.dataset.max_length for task in tasks.values())
@@ -173,7 +175,7 @@ def _train(
 
 
 def evaluate_tasks(
-    tasks: Mapping[str, Task], models: Mapping[str, tuple[Any, Any]], *, limit: int | None = None
+    tasks: Mapping[str, Task], models: Mapping[str, Model], *, limit: int | None = None
 ) -> dict[str, Evaluation]:
     """Measure each task's model on its test split; texts for the first `limit` rows."""
     found = {}
