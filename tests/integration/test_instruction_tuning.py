@@ -24,7 +24,7 @@ def test_real_instructions_train_and_report_their_odd_row(real, tmp_path):
     file = real("instructions_toolformer.json")
     said, run = finetune(file, tmp_path / "run", "dataset.max_length=320", "dataset.limit=40")
     assert "1 noted: an extra key (row 1486)" in said
-    assert "1959 noted: empty input" in said
+    assert "noted: empty input" in said
     data = run.manifest["data"]
     assert (data["form"], data["read"], data["extra_keys"]) == ("instruction", 2_396, 1)
     assert data["examples"]["extra_keys"] == [1_486]
