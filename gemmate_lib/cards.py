@@ -47,7 +47,7 @@ class Card(BaseModel, extra="forbid", frozen=True):
     source: Source
     format: str  # a form of gemmate_lib.forms
     splits: dict[str, int]  # rows in each
-    features: dict[str, str]  # name -> string, int, float, object, list[string] …
+    features: dict[str, str]  # name -> string, int, list[string] …; "absent or string"
     sha256: str | None = Field(pattern=r"^[0-9a-f]{64}$")  # of the train split; None: unchecked
     defects: list[str]
 
@@ -98,11 +98,26 @@ def verify(card: Card, table: Sequence[Mapping[str, Any]], *, split: str = "trai
     """
     _same(card, f"splits.{split}", card.splits.get(split), len(table))
     for number, row in enumerate(table):
-        _same(card, f"features of row {number}", sorted(card.features), sorted(map(str, row)))
-        for name, feature in card.features.items():
-            _same(card, f"features.{name} of row {number}", feature, _kind(row[name]))
+        optional = {name for name in card.features if name not in row and _absent(card, name)}
+        found = sorted({*map(str, row), *optional})
+        _same(card, f"features of row {number}", sorted(card.features), found)
+        for name in card.features.keys() - optional:
+            kind = _kind(row[name])
+            if kind not in card.features[name].split(" or "):
+                _same(card, f"features.{name} of row {number}", card.features[name], kind)
     if card.sha256 and split == "train":
         _same(card, "sha256", card.sha256, card_checksum(table))
+
+
+def features_of(table: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Return what a card says of a table's fields: all the kinds of each, rare ones too."""
+    names = list(dict.fromkeys(str(name) for row in table for name in row))
+    kinds = {n: {_kind(row[n]) if n in row else "absent" for row in table} for n in names}
+    return {name: " or ".join(sorted(found)) for name, found in kinds.items()}
+
+
+def _absent(card: Card, name: str) -> bool:
+    return "absent" in card.features[name].split(" or ")
 
 
 def _kind(value: Any) -> str:

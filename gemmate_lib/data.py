@@ -17,7 +17,7 @@ from gemmate_lib.formats import (
     rename_columns,
     usual_columns,
 )
-from gemmate_lib.forms import OPTIONAL, Form, find_form, render
+from gemmate_lib.forms import OPTIONAL, Form, find_form, render, says_nothing
 from gemmate_lib.rows import Encoded, Row, encode
 from gemmate_lib.splitting import carve, find_duplicates, normalise, prompt_keys
 
@@ -35,6 +35,7 @@ _COUNTS = {
     "beyond_limit": "beyond the limit",
     "conflicts": "has a text that stands there with another label",
     "extra_keys": "an extra key",
+    "placeholders": "an input that says it is none, as <noinput>, is read as none",
 }
 
 
@@ -58,6 +59,7 @@ class DataReport:
     beyond_limit: int = 0
     conflicts: int = 0
     extra_keys: int = 0
+    placeholders: int = 0
     empty_optional: dict[str, int] = field(default_factory=dict)
     unused_columns: list[str] = field(default_factory=list)
     splits: dict[str, int] = field(default_factory=dict)
@@ -72,7 +74,8 @@ class DataReport:
         """Return the report for people; row numbers count from 0."""
         shares = ", ".join(f"{split} {count}" for split, count in self.splits.items())
         lines = [f"{self.source} ({self.form}): {self.read} rows read, {self.kept} kept: {shares}"]
-        actions = {"extra_keys": "noted", "conflicts": "noted", "over_long": self.over_long_action}
+        actions = dict.fromkeys(("extra_keys", "conflicts", "placeholders"), "noted")
+        actions["over_long"] = self.over_long_action
         for what, why in _COUNTS.items():
             if number := getattr(self, what):
                 rows = ", ".join(map(str, self.examples[what])) + ", …" * (number > 5)
@@ -119,7 +122,7 @@ def load_dataset_splits(config: DatasetConfig, *, tokenizer: Any = None) -> Spli
     Raises:
         GemmateError: an unknown data set, one unlike its card, or without usable rows.
     """
-    tables = rename_columns(_tables(config), config.columns)
+    tables = rename_columns(read_tables(config), config.columns)
     columns = usual_columns(tables)
     form, required = find_form(columns, mapped=config.columns, template=config.template)
     used = {*required, *OPTIONAL.get(form, ())}
@@ -145,7 +148,11 @@ def load_dataset_splits(config: DatasetConfig, *, tokenizer: Any = None) -> Spli
     return Splits(**parts, report=report, form=form)
 
 
-def _tables(config: DatasetConfig) -> Tables:
+def read_tables(config: DatasetConfig) -> Tables:
+    """Read the records of each split as they are: from a card, a folder or files.
+
+    Raises: GemmateError for an unknown data set, or one unlike its card.
+    """
     origin, tables = Path(config.id).expanduser(), Tables()
     named = {split: getattr(config, split) for split in SPLITS}
     files = {split: Path(name).expanduser() for split, name in named.items() if name}
@@ -196,7 +203,7 @@ def _rows(
     report.read += len(table)
     shape = {
         "template": config.template, "tokenizer": tokenizer, "timestamp": config.timestamp,
-        "labels": config.labels,
+        "labels": config.labels, "chat": config.chat,
     }  # fmt: skip
     for number, record in enumerate(table):
         row = render(record, report.form, **shape, source_row=number)
@@ -204,6 +211,8 @@ def _rows(
             report.count(row, number)
         elif tokenizer is None or _fits(row, config, tokenizer=tokenizer, report=report):
             rows.append(row)
+            if report.form == "instruction" and says_nothing(record.get("input")):
+                report.count("placeholders", number)
             for name in OPTIONAL.get(report.form, ()):
                 if not row.fields.get(name):
                     report.empty_optional[name] = report.empty_optional.get(name, 0) + 1

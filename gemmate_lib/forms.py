@@ -9,6 +9,7 @@ import json
 import re
 import string
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -32,6 +33,8 @@ REQUIRED: dict[Form, tuple[str, ...]] = {
 OPTIONAL: dict[Form, tuple[str, ...]] = {"instruction": ("input",), "quotes": ("tags",)}
 QUOTE_TEMPLATE = "Quote: {quote}\nAuthor: {author}"
 UNANSWERABLE = "unanswerable"
+# How published instructions say that there is no text: "<noinput>", "<nooutput>", "No input".
+_NOTHING = re.compile(r"<\s*no\s*(input|output)\s*>|no (input|output)", re.IGNORECASE)
 
 
 def find_form(
@@ -84,11 +87,13 @@ def render(
     source_row: int,
     timestamp: str | None = None,
     labels: Mapping[str, str] | None = None,
+    chat: bool = False,
 ) -> Row | str:
     """Make a row, or say why there is none: "missing_field", "empty", "refused_by_template".
 
     timestamp: the field that says when; in messages a turn may have its own.
     labels: what a label of the table is called; a row with another one is left out.
+    chat: an instruction is put by the tokenizer's own chat template.
     Raises: GemmateError for a time that cannot be read.
     """
     moment = MISSING if timestamp is None else _moment(record, timestamp, source_row)
@@ -115,9 +120,30 @@ def render(
     fields = {name: text.strip() for name, text in fields.items()}
     if template:
         return Row("", template.format_map(fields), fields, source_row, times)
-    given = f"\nInput: {fields['input']}" if fields["input"] else ""
-    prompt = f"Instruction: {fields['instruction']}{given}\nResponse:"
-    return Row(prompt, f" {fields['output']}", fields, source_row, times)
+    return _render_instruction(fields, chat, tokenizer, source_row, times)
+
+
+def says_nothing(value: Any) -> bool:
+    """Whether a field says in words that it is empty: `<noinput>`."""
+    return isinstance(value, str) and _NOTHING.fullmatch(value.strip()) is not None
+
+
+def _render_instruction(
+    fields: dict[str, str], chat: bool, tokenizer: Any, source_row: int, times: Times
+) -> Row | str:
+    """Ask in plain text, or in the chat format of the tokenizer."""
+    fields = {name: "" if says_nothing(text) else text for name, text in fields.items()}
+    asked, given, answer = fields["instruction"], fields["input"], fields["output"]
+    if not asked or not answer:
+        return "empty"
+    if not chat:
+        given = f"\nInput: {given}" if given else ""
+        prompt = f"Instruction: {asked}{given}\nResponse:"
+        return Row(prompt, f" {answer}", fields, source_row, times)
+    user = {"role": "user", "content": f"{asked}\n\n{given}" if given else asked}
+    turns = [user, {"role": "assistant", "content": answer}]
+    row = _render_chat(turns, tokenizer, source_row, None, MISSING)
+    return row if isinstance(row, str) else replace(row, fields=fields, times=times)
 
 
 def _render_label(
@@ -171,7 +197,7 @@ def _render_chat(
     from jinja2 import TemplateError
 
     if not getattr(tokenizer, "chat_template", None):
-        raise GemmateError("Messages need a tokenizer with a chat template. Use a chat model's.")
+        raise GemmateError("A chat needs a tokenizer with a chat template. Use a chat model's.")
     turns = messages if isinstance(messages, list) else []
     if not all(isinstance(t, dict) and isinstance(t.get("content"), str) for t in turns):
         return "missing_field"

@@ -96,7 +96,7 @@ def _page(notebook: "NotebookNode", title: str, file: Path) -> None:
     body, _ = exporter.from_notebook_node(notebook)
     # All of it once more: nbconvert 7.17 cleans what a cell shows, and puts an image's width,
     # without quotes, and frames around it.
-    file.write_text(_render(title=title, body=Markup(clean(body))), encoding="utf-8")
+    file.write_text(render_page(title=title, body=Markup(clean(body))), encoding="utf-8")
 
 
 def _notebook(folder: Path, record: dict[str, Any]) -> dict[str, Any]:
@@ -128,14 +128,18 @@ def _run(folder: Path) -> dict[str, Any]:
     return {"name": folder.name, "settings": flat(record["config"])} | about | parts
 
 
-def _render(**content: Any) -> str:
+def render_page(template: str = "report.html.j2", /, **content: Any) -> str:
+    """Render one of our templates with the style that all pages share; all else is escaped."""
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
 
-    text = (resources.files("gemmate_lib") / "assets" / "report.html.j2").read_text("utf-8")
+    assets = resources.files("gemmate_lib") / "assets"
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(text).render(**content)
+    style = Markup((assets / "report.css").read_text("utf-8"))
+    page = environment.from_string((assets / template).read_text("utf-8"))
+    return page.render(style=style, **content)
 
 
 def write_report(directory: str | Path) -> Path:
@@ -152,7 +156,7 @@ def write_report(directory: str | Path) -> Path:
         raise GemmateError(f"{folder} holds no runs. Run `gemmate course` first.")
     notebooks = [_notebook(folder, record) for record in records]
     content = {"notebooks": notebooks, "runs": [_run(file.parent) for file in runs]}
-    text = _render(title="GemmaTE Course: the report", body=None, **content)
+    text = render_page(title="GemmaTE Course: the report", body=None, **content)
     page = inside(folder, "report.html")
     page.write_text(text, encoding="utf-8")
     return page

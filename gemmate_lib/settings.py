@@ -86,6 +86,8 @@ class DatasetConfig(Settings):
     """Our name -> the file's; also written as "quote=content author=author"."""
     template: str | None = None
     """The text of a row, with {column} where a column's value goes."""
+    chat: bool = False
+    """Put an instruction by the chat template of the tokenizer, not as plain text."""
     labels: dict[str, str] = {}
     """A label in the file -> its name, as in {0: negative, 1: positive}."""
     timestamp: str | None = None
