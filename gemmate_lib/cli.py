@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_shipped import (
     Overrides,
@@ -27,6 +28,7 @@ app.add_typer(runs_app)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
+app.command("methods")(methods)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     bench
 )

@@ -118,9 +118,14 @@ def home_of(experiment: Experiment) -> Path:
     return Path(own).expanduser() if own else machine.runs_home()
 
 
-def finetune_or_load(experiment: Experiment, *, report: Report | None = None) -> Run:
-    """Return the run of an experiment: the one made before, or a new one under `home_of` it."""
-    splits = load_splits(experiment)
+def finetune_or_load(
+    experiment: Experiment, *, report: Report | None = None, splits: Splits | None = None
+) -> Run:
+    """Return the run of an experiment: the one made before, or a new one under `home_of` it.
+
+    splits: its rows, where they are at hand already.
+    """
+    splits = splits or load_splits(experiment)
     directory = home_of(experiment) / f"{experiment.name}-{run_key(experiment, splits)}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Notebooks that run side by side want the same run: one makes it, the others wait for it.
