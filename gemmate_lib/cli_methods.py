@@ -18,7 +18,7 @@ def methods(
     profile: Profile = "auto",
     as_json: AsJson = False,
 ) -> None:
-    """List the fine-tuning methods, or train and compare a study's; a second call finds the runs."""
+    """List the fine-tuning methods, or train and compare a study's; what is there is found."""
     if study is None:
         from gemmate_lib.methods import METHODS
 

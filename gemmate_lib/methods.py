@@ -33,7 +33,7 @@ METHODS = {
     "dora": Method("DoRA", "the same, and the length of each row", "arxiv.org/abs/2402.09353"),
     "rslora": Method("rsLoRA", "LoRA scaled by the root of its rank", "arxiv.org/abs/2312.03732"),
     "prefix": Method(
-        "prefix tuning", "keys and values in front, in every layer", "arxiv.org/abs/2101.00190", True
+        "prefix tuning", "keys and values in front, each layer", "arxiv.org/abs/2101.00190", True
     ),
     "prompt": Method(
         "prompt tuning", "embeddings in front of the text", "arxiv.org/abs/2104.08691", True

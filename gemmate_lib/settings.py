@@ -313,9 +313,9 @@ class Experiment(Settings):
     """The machine that the defaults are for: auto, tiny, t4, ampere or full."""
     framework: Literal["pytorch"] = "pytorch"
     """What computes; there is no other."""
-    method: Literal[
-        "lora", "qlora", "dora", "rslora", "prefix", "prompt", "p-tuning", "full"
-    ] = "lora"
+    method: Literal["lora", "qlora", "dora", "rslora", "prefix", "prompt", "p-tuning", "full"] = (
+        "lora"
+    )
     """What is trained: an adapter, a soft prompt, or every weight; `gemmate methods` lists them."""
     seed: Count = 0
     """Draws the adapter's start, the order of the rows and the dropout."""

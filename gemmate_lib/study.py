@@ -157,9 +157,7 @@ def held_out(model: LoadedModel, splits: Splits, *, max_length: int) -> tuple[fl
 
 
 def _encoded(model: LoadedModel, rows: list[Row], max_length: int) -> list[Any]:
-    found = (
-        encode(row, model.tokenizer, max_length=max_length, over_long="cut") for row in rows
-    )
+    found = (encode(row, model.tokenizer, max_length=max_length, over_long="cut") for row in rows)
     return [ids for ids in found if ids]
 
 

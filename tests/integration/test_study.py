@@ -82,7 +82,9 @@ def test_the_shipped_study_compares_every_method() -> None:
         name: name for name in METHODS
     }
     assert all(list(seeds) == [0, 1, 2] for seeds in found.variants.values())
-    rows = {e.dataset.model_dump_json() for seeds in found.variants.values() for e in seeds.values()}
+    rows = {
+        e.dataset.model_dump_json() for seeds in found.variants.values() for e in seeds.values()
+    }
     steps = {e.training.max_steps for seeds in found.variants.values() for e in seeds.values()}
     assert len(rows) == len(steps) == 1
     listed = CliRunner().invoke(app, ["methods"]).output
