@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,14 @@ from typer.testing import CliRunner
 
 from gemmate_lib import stats
 from gemmate_lib.adapters import load_adapter, save_adapter
+from gemmate_lib.callbacks import Interrupted
 from gemmate_lib.cli import app
 from gemmate_lib.config import Facts, GemmateError, ModelConfig, PromptSettings, resolve
 from gemmate_lib.generate import encode_prompt, generate_texts
 from gemmate_lib.methods import METHODS, attach, attach_prompt, check_method
 from gemmate_lib.models import load_base, merge_adapter
 from gemmate_lib.publish import fresh_logits, last_logits, load_saved, stage
-from gemmate_lib.sft import Run, load_run, load_splits, open_run
+from gemmate_lib.sft import Run, finetune_model, load_run, load_splits, open_run
 from gemmate_lib.trainer import train
 
 SOFT = [name for name, method in METHODS.items() if method.soft]
@@ -323,3 +325,19 @@ def test_a_soft_prompt_of_another_base_is_refused(copied: Callable[[str], Path])
         load_adapter(load_base(ModelConfig(id="tiny-gemma2")), folder)
     with pytest.raises(GemmateError, match="Cannot set a prompt learning adapter to trainable"):
         load_adapter(load_base(ModelConfig()), folder, trainable=True)
+
+
+@pytest.mark.parametrize("method", ["prompt", "dora"])
+def test_an_interrupted_soft_prompt_leaves_nothing(method: str, tmp_path: Path) -> None:
+    """No checkpoint that could not be gone on with; what LoRA's kin leave can be."""
+
+    def interrupt(record: dict[str, float]) -> None:
+        if record["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as stopped:
+        finetune_model(experiment_of(method), out=tmp_path / "run", report=interrupt)
+    soft = METHODS[method].soft
+    assert isinstance(stopped.value, Interrupted) != soft
+    assert (tmp_path / "run/checkpoints").exists() != soft
+    assert (tmp_path / "run").exists() != soft
