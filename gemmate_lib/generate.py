@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.adapters import encoder_of, known_peft_warnings
 from gemmate_lib.config import GemmateError
+from gemmate_lib.methods import behind_soft_prompt
 
 if TYPE_CHECKING:
     import torch
@@ -94,8 +95,7 @@ def _batches(model: Any, encoded: list[list[int]], batch_size: int) -> Iterator[
     this when the canary in tests/integration/test_methods.py fails.
     """
     by_length = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))
-    config = getattr(model, "active_peft_config", None)
-    soft = config is not None and config.is_prompt_learning
+    soft = behind_soft_prompt(model)
     groups = groupby(by_length, key=lambda i: len(encoded[i]) if soft else 0)
     for group in (list(numbers) for _, numbers in groups):
         for start in range(0, len(group), batch_size):

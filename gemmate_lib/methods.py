@@ -118,6 +118,12 @@ def _prompt_config(model: Any, name: str, settings: PromptSettings) -> Any:
     return PromptEncoderConfig(encoder_hidden_size=width, **common)
 
 
+def behind_soft_prompt(model: Any) -> bool:
+    """Whether learned vectors stand in front of what the model reads."""
+    config = getattr(model, "active_peft_config", None)
+    return config is not None and config.is_prompt_learning
+
+
 def refuse_unmerged(config: Any) -> None:
     """Raise GemmateError for the settings of a saved adapter that is no change of any weight."""
     if config.is_prompt_learning:
