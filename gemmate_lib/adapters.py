@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.config import GemmateError, LoraSettings
-from gemmate_lib.trust import refuse_pickled_adapter
+from gemmate_lib.trust import refuse_far_adapter, refuse_pickled_adapter
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftConfig, PeftModel
@@ -43,16 +43,19 @@ def target_modules(model: Any, *, every: bool = False) -> list[str]:
     return sorted(names if every or not names & PROJECTIONS else names & PROJECTIONS)
 
 
-def attach_lora(model: Any, settings: LoraSettings, *, seed: int) -> "PeftModel":
+def attach_lora(
+    model: Any, settings: LoraSettings, *, seed: int, kind: str = "lora"
+) -> "PeftModel":
     """Attach a fresh adapter (its A matrices drawn from `seed`); the same one twice is no change.
 
+    kind: lora, dora or rslora; qlora is lora on a quantized model.
     Raises: GemmateError for another adapter, unknown layers, or layers tied to the embeddings.
     Reference: Hu et al. 2021, https://arxiv.org/abs/2106.09685
     """
     from peft import PeftModel, get_peft_model
     from transformers import set_seed
 
-    config = _lora_config(model, settings)
+    config = _lora_config(model, settings, kind)
     if isinstance(model, PeftModel):
         fields = ("peft_type", "r", "lora_alpha", "lora_dropout", "bias", "use_dora", "use_rslora")
         old = model.peft_config[model.active_adapter]
@@ -80,7 +83,7 @@ def train_all(model: Any) -> Any:
     return model.float().requires_grad_(True)
 
 
-def _lora_config(model: Any, settings: LoraSettings) -> "LoraConfig":
+def _lora_config(model: Any, settings: LoraSettings, kind: str) -> "LoraConfig":
     from peft import LoraConfig
 
     known, wanted = target_modules(model, every=True), settings.target_modules
@@ -94,6 +97,8 @@ def _lora_config(model: Any, settings: LoraSettings) -> "LoraConfig":
         lora_alpha=settings.alpha,
         lora_dropout=settings.dropout,
         bias=settings.bias,
+        use_dora=kind == "dora",
+        use_rslora=kind == "rslora",
         target_modules=list(wanted),
         modules_to_save=[ENCODER] if encoder_of(model) is not None else None,
         fan_in_fan_out=_transposed(model),
@@ -128,6 +133,8 @@ def known_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         # peft 0.21.2 reads a property that transformers 5.23 renamed; the value is right.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing")
+        # Behind a soft prompt; gemmate_lib.generate leaves nothing that positions would tell.
+        warnings.filterwarnings("ignore", message="Position ids are not supported")
         yield
 
 
@@ -154,20 +161,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_adapter_config(directory: str | Path) -> "PeftConfig":
-    """The settings a LoRA adapter was saved with.
+    """The settings an adapter was saved with.
 
-    Raises: GemmateError where there are none, or those of another kind of adapter: some of them
-        name further files to read, tokenizers and other adapters, wherever they lie.
+    Raises: GemmateError where there are none, or those of a kind that would read other files.
     """
     from peft import PeftConfig
 
-    try:
-        kind = json.loads((Path(directory) / "adapter_config.json").read_text("utf-8"))["peft_type"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        said = f"{directory} holds no adapter_config.json that can be read"
-        raise GemmateError(f"{said}. Name an adapter's folder.") from error
-    if kind != "LORA":
-        raise GemmateError(f"{directory} holds a {kind} adapter. Only LoRA adapters are loaded.")
+    refuse_far_adapter(directory)
     return PeftConfig.from_pretrained(str(directory))
 
 
@@ -200,7 +200,9 @@ def load_adapter(
             model = PeftModel.from_pretrained(
                 base.model, str(directory), config=config, is_trainable=trainable
             )
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, LookupError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "size mismatch" not in str(error):
+            raise
         why = str(error).splitlines()[0].rstrip(".")
         raise GemmateError(f"Cannot load {directory}: {why}. Train it again.") from error
     if isinstance(getattr(config, "target_modules", None), set):

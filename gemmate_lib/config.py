@@ -32,6 +32,7 @@ from gemmate_lib.settings import (  # noqa: F401
     GenerationSettings,
     LoraSettings,
     ModelConfig,
+    PromptSettings,
     TrackingConfig,
     TrainingConfig,
 )
@@ -188,6 +189,10 @@ def _layers(file: dict[str, Any], profile: str, yours: Mapping[str, Any]) -> lis
         _layer(sections.get(profile, {}), f"experiment {file['name']}, profile {profile}"),
         _layer(yours, "set by you"),
     ]
+    chosen = ChainMap(*reversed(above), base)
+    held = chosen.get("model.quantization", ("none",))[0]
+    if chosen.get("method", ("",))[0] == "qlora" and held == "none":
+        above.insert(-1, {"model.quantization": ("nf4", "method qlora: a base in 4 bits")})
     recipe = among(ChainMap(*reversed(above), base)["training.recipe"][0], RECIPES, "recipe")
     layer = _layer(RECIPES[recipe](), f"recipe {recipe}")
     if "training.recipe" in above[-1]:  # a recipe that you name outranks the experiment

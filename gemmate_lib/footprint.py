@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.adapters import attach_lora, train_all
 from gemmate_lib.config import Experiment, GemmateError, ModelConfig
+from gemmate_lib.methods import METHODS
 from gemmate_lib.models import predict_bytes
 
 if TYPE_CHECKING:
@@ -156,7 +157,9 @@ def _on_meta(config: Any, **options: Any) -> Any:
 def _trainable(model: Any, experiment: Experiment) -> Any:
     if experiment.method == "full":
         return train_all(model)
-    model = attach_lora(model, experiment.lora, seed=0)
+    if METHODS[experiment.method].soft:
+        raise GemmateError("What a soft prompt needs is not predicted. Name another method.")
+    model = attach_lora(model, experiment.lora, seed=0, kind=experiment.method)
     for parameter in model.parameters():  # as trainer.py does
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -17,6 +17,7 @@ import yaml
 from gemmate_lib.cards import Card, read_card
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.keys import flatten
+from gemmate_lib.methods import METHODS
 from gemmate_lib.models import EMBEDDED
 from gemmate_lib.stats import Interval
 
@@ -102,7 +103,7 @@ def model_card(run: "Run", *, evaluation: "Evaluation | None" = None, merged: bo
     return CARD.format(
         front=yaml.safe_dump(_front_matter(run, data, merged=merged), sort_keys=False),
         name=run.experiment.name,
-        kind="model with a LoRA adapter merged into it" if merged else "LoRA adapter",
+        kind=_kind(run, merged=merged),
         base=_plain(f"{base}, revision {model.revision}" if model.revision else base),
         weights=_plain(run.manifest["base"].get("weights_sha256") or "not recorded"),
         data=_plain(_describe_data(run, data)),
@@ -128,9 +129,23 @@ def _front_matter(run: "Run", data: Card | None, *, merged: bool) -> dict[str, A
         "license": "mit" if embedded else gemma,
         "datasets": [data.source.hub_id or data.name] if data else [],
         "language": data.language if data else [],
-        "tags": ["lora" if model.quantization == "none" else "qlora", "sft", "gemmate"],
+        "tags": [_tag(run.experiment), "sft", "gemmate"],
     }
     return {key: value for key, value in front.items() if value}
+
+
+def _kind(run: "Run", *, merged: bool) -> str:
+    name, title = run.experiment.method, METHODS[run.experiment.method].title
+    if name == "full":
+        return "model of which every weight was trained"
+    if METHODS[name].soft:
+        return f"soft prompt, learned by {title}"
+    return f"model with a {title} adapter merged into it" if merged else f"{title} adapter"
+
+
+def _tag(experiment: Experiment) -> str:
+    quantized = experiment.model.quantization != "none"
+    return "qlora" if experiment.method == "lora" and quantized else experiment.method
 
 
 def _data_card(run: "Run") -> Card | None:

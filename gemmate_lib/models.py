@@ -25,6 +25,7 @@ from gemmate_lib.adapters import (
 )
 from gemmate_lib.config import PRESETS, GemmateError, ModelConfig
 from gemmate_lib.fourbit import guard_4bit_cpu, nf4_settings, predict_bytes, save_4bit
+from gemmate_lib.methods import refuse_unmerged
 from gemmate_lib.trust import refuse_adapter_beside, refuse_pickled_shards
 
 if TYPE_CHECKING:
@@ -238,15 +239,18 @@ def merge_adapter(
     """Merge a saved adapter into its full-precision base: merging into 4-bit would round again.
 
     A time-aware adapter gives a time-aware model, whose encoder stays in fp32.
-    Raises: GemmateError for a 4-bit base, another base, tied layers, or a non-finite adapter.
+    Raises: GemmateError for a 4-bit base, another base, tied layers, a non-finite adapter, or a
+        soft prompt.
     """
+    config = read_adapter_config(directory)
+    refuse_unmerged(config)
     time = temporal_settings(directory)
     loaded = load_base(
         ModelConfig(id=base_id, revision=revision, compute_dtype=dtype, device="cpu", **time)
     )
     if hasattr(loaded.model.config, "quantization_config"):
         raise GemmateError(f"{base_id} is quantized. Merge into {loaded.base['id']} instead.")
-    refuse_tied(loaded.model, adapted_modules(read_adapter_config(directory)))
+    refuse_tied(loaded.model, adapted_modules(config))
     model = load_adapter(loaded, directory, force=force)
     try:
         merged = model.merge_and_unload(safe_merge=True)

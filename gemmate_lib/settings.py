@@ -139,6 +139,17 @@ class LoraSettings(Settings):
     """What PEFT wraps; this course trains causal language models alone."""
 
 
+class PromptSettings(Settings):
+    """What prefix, prompt and p-tuning learn: vectors in front of the text, no layer's weights."""
+
+    virtual_tokens: Positive = 16
+    """How many are put in front of each text. [tokens]"""
+    start: Literal["vocabulary", "random"] = "vocabulary"
+    """What prompt tuning begins with: embeddings of random words, or random numbers."""
+    hidden_size: Positive | None = None
+    """Width of the net that makes them in p-tuning; none: the model's own."""
+
+
 class TrainingConfig(Settings):
     """The optimisation."""
 
@@ -304,8 +315,10 @@ class Experiment(Settings):
     """The machine that the defaults are for: auto, tiny, t4, ampere or full."""
     framework: Literal["pytorch"] = "pytorch"
     """What computes; there is no other."""
-    method: Literal["lora", "full"] = "lora"
-    """What is trained: an adapter, or every weight of the base."""
+    method: Literal["lora", "qlora", "dora", "rslora", "prefix", "prompt", "p-tuning", "full"] = (
+        "lora"
+    )
+    """What is trained: an adapter, a soft prompt, or every weight; `gemmate methods` lists them."""
     seed: Count = 0
     """Draws the adapter's start, the order of the rows and the dropout."""
     deterministic: bool = True
@@ -317,6 +330,7 @@ class Experiment(Settings):
     model: ModelConfig = ModelConfig()
     dataset: DatasetConfig = DatasetConfig()
     lora: LoraSettings = LoraSettings()
+    prompt: PromptSettings = PromptSettings()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -19,10 +19,11 @@ from typing import Any
 from filelock import FileLock
 
 from gemmate_lib import machine
-from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter, train_all
+from gemmate_lib.adapters import load_adapter, save_adapter
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Splits, load_dataset_splits
 from gemmate_lib.manifest import package_versions, read_manifest, write_manifest
+from gemmate_lib.methods import METHODS, attach, check_method
 from gemmate_lib.models import LoadedModel, base_record, load_base, load_tokenizer
 from gemmate_lib.resume import check_new, find_start, identity_of, keeping_for, work_in
 from gemmate_lib.settings import digest
@@ -117,9 +118,14 @@ def home_of(experiment: Experiment) -> Path:
     return Path(own).expanduser() if own else machine.runs_home()
 
 
-def finetune_or_load(experiment: Experiment, *, report: Report | None = None) -> Run:
-    """Return the run of an experiment: the one made before, or a new one under `home_of` it."""
-    splits = load_splits(experiment)
+def finetune_or_load(
+    experiment: Experiment, *, report: Report | None = None, splits: Splits | None = None
+) -> Run:
+    """Return the run of an experiment: the one made before, or a new one under `home_of` it.
+
+    splits: its rows, where they are at hand already.
+    """
+    splits = splits or load_splits(experiment)
     directory = home_of(experiment) / f"{experiment.name}-{run_key(experiment, splits)}"
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Notebooks that run side by side want the same run: one makes it, the others wait for it.
@@ -140,7 +146,7 @@ def finetune_model(
     resume: str | None = None,
     allow_changed: Collection[str] = (),
 ) -> Run:
-    """Fine-tune a LoRA adapter, or with `method: full` every weight, and write the run to `out`.
+    """Fine-tune by the experiment's method, one of METHODS, and write the run to `out`.
 
     resume: go on from a checkpoint: `last`, `best`, or its path; from the start if there is none.
     allow_changed: keys that may differ from those of the checkpoint.
@@ -148,6 +154,7 @@ def finetune_model(
         gradient or parameter that is no longer finite, or a checkpoint of another run.
     """
     out, began = Path(out), time.perf_counter()
+    check_method(experiment)
     resume = resume or experiment.checkpoint.resume
     check_new(out, resume=resume)
     check_tracker(experiment.tracking)
@@ -157,11 +164,13 @@ def finetune_model(
     identity = identity_of(experiment, splits.checksums(), base.base)
     with work_in(out) as folder:
         start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
-        model = _attach(base, experiment)
+        model = attach(base.model, experiment)
+        soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
         loaded = time.perf_counter()
         log = train(
             model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
-            keeping=keeping_for(experiment, out, identity), resume_from=start.path,
+            keeping=None if soft else keeping_for(experiment, out, identity),
+            resume_from=start.path,
         )  # fmt: skip
         trained = time.perf_counter()
         _save(model, base, folder, experiment)
@@ -187,12 +196,6 @@ def _prepare(experiment: Experiment) -> None:
     machine.speak(experiment.tracking.log_level)
     deterministic = experiment.deterministic
     machine.prepare(seed=experiment.seed, threads=experiment.threads, deterministic=deterministic)
-
-
-def _attach(base: LoadedModel, experiment: Experiment) -> Any:
-    if experiment.method == "full":
-        return train_all(base.model)
-    return attach_lora(base.model, experiment.lora, seed=experiment.seed)
 
 
 def _save(model: Any, base: LoadedModel, folder: Path, experiment: Experiment) -> None:

@@ -17,9 +17,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from gemmate_lib.adapters import encoder_of
+from gemmate_lib.adapters import encoder_of, known_peft_warnings
 from gemmate_lib.config import GemmateError
 from gemmate_lib.generate import evaluating
+from gemmate_lib.methods import behind_soft_prompt
 from gemmate_lib.models import LoadedModel
 from gemmate_lib.settings import digest
 from gemmate_lib.sft import Run, open_run
@@ -96,9 +97,12 @@ def measure_tasks(
     """
     import lm_eval
 
+    if behind_soft_prompt(loaded.model):
+        batch_size = 1  # the harness pads a batch on the left: see generate.py
     options = {"limit": limit, "bootstrap_iters": RESAMPLES, **SEEDS}
     offline = all(_is_local(name, manager.task_index) for name in tasks)
-    with evaluating(loaded.model), _hub(offline=offline), _explained(tasks):
+    hub = _hub(offline=offline)
+    with evaluating(loaded.model), hub, _explained(tasks), known_peft_warnings():
         harness = _wrapped(loaded, batch_size)
         results = lm_eval.simple_evaluate(harness, tasks=[*tasks], task_manager=manager, **options)
     return {

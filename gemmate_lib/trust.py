@@ -15,6 +15,8 @@ from pydantic import ValidationError
 from gemmate_lib.settings import Experiment, GemmateError
 
 WEIGHTS = "adapter_model.safetensors"
+KINDS = ("LORA", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")  # they read weights, and no more
+FAR = ("tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_text")
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -72,6 +74,25 @@ def refuse_pickled_shards(path: str, revision: str | None) -> None:
     parts = json.loads(Path(index).read_text("utf-8"))["weight_map"].values() if index else ()
     if wrong := sorted(part for part in parts if not str(part).endswith(".safetensors")):
         raise GemmateError(f"{path} keeps weights in {wrong[0]}. Only safetensors are read.")
+
+
+def refuse_far_adapter(directory: str | Path) -> None:
+    """Raise GemmateError for an adapter whose settings lead to further files, wherever they lie.
+
+    Other kinds name more adapters; a prompt that starts as a text names the tokenizer for it.
+    """
+    try:
+        found = json.loads((Path(directory) / "adapter_config.json").read_text("utf-8"))
+        kind = found["peft_type"]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        said = f"{directory} holds no adapter_config.json that can be read"
+        raise GemmateError(f"{said}. Name an adapter's folder.") from error
+    if kind not in KINDS:
+        raise GemmateError(f"{directory} holds a {kind} adapter. Only {', '.join(KINDS)} are "
+                           "loaded.")  # fmt: skip
+    if kind != "LORA" and any(found.get(key) for key in FAR):
+        raise GemmateError(f"The prompt in {directory} names a tokenizer to start from. Save it "
+                           "without one: its vectors are trained.")  # fmt: skip
 
 
 def refuse_pickled_adapter(directory: str | Path) -> None:

@@ -5,6 +5,7 @@ import math
 import random
 import socket
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,10 @@ import yaml
 from small_run import make_run
 
 from gemmate_lib import suites
-from gemmate_lib.config import GemmateError, ModelConfig
+from gemmate_lib.config import GemmateError, ModelConfig, PromptSettings
 from gemmate_lib.generate import generate_texts
+from gemmate_lib.methods import attach_prompt
+from gemmate_lib.models import load_base
 from gemmate_lib.sft import load_run, open_run
 from gemmate_lib.suites import find_tasks, measure_tasks, run_lm_eval
 from gemmate_lib.timestamps import MISSING
@@ -108,6 +111,7 @@ def log_p(loaded, context, continuation, **inputs):
     whole, start = ids(f"{context} {continuation}"), len(ids(context))
     with torch.no_grad():
         scores = loaded.model(torch.tensor([whole]), **inputs).logits[0].log_softmax(-1)
+    scores = scores[-len(whole) :]  # behind a soft prompt there are more
     return sum(scores[i - 1, whole[i]].item() for i in range(start, len(whole)))
 
 
@@ -256,6 +260,25 @@ def test_a_time_aware_model_is_asked_at_no_known_time(folder, tmp_path):
     assert value == pytest.approx(math.exp(-asked / 8), rel=1e-3)
     assert found["tasks"]["go_on"]["metrics"]["exact_match"]["value"] == 1
     assert found["timestamps"] == "missing"
+
+
+def test_a_soft_prompt_is_asked_without_padding(folder, tmp_path):
+    base = load_base(ModelConfig(id="tiny-gemma", device="cpu"))
+    model = attach_prompt(base.model, "prompt", PromptSettings(virtual_tokens=8), seed=0).eval()
+    loaded, rows = replace(base, model=model), rows_of(folder)[:16]
+    for row, text in zip(rows, own_texts(loaded, rows), strict=True):
+        row["wanted"] = text
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for each in ("saying", "go_on"):
+        write_task(tmp_path, each, tmp_path / "rows.jsonl", **TASKS[each])
+    names = ["saying", "go_on"]
+    manager = find_tasks(names, tmp_path)
+    found = measure_tasks(loaded, names, manager, limit=None, batch_size=16)
+    assert found["tasks"]["go_on"]["metrics"]["exact_match"]["value"] == 1
+    value = found["tasks"]["saying"]["metrics"]["perplexity"]["value"]
+    asked = sum(log_p(loaded, row["question"], row["choices"][0]) for row in rows)
+    assert value == pytest.approx(math.exp(-asked / 16), rel=1e-3)
+    assert found["batch_size"] == 1
 
 
 def test_an_unknown_task_is_answered_with_the_nearest(folder):
