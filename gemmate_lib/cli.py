@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from gemmate_lib.cli_runs import Limit, runs_app
+from gemmate_lib.cli_search import search
 from gemmate_lib.cli_shipped import (
     Overrides,
     Profile,
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(runs_app)
+app.command()(search)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
