@@ -160,7 +160,7 @@ class Worker:
                     return run(trial)
 
                 self.study.sampler = self._sampler(slot)
-                self.study.optimize(begun, n_trials=1, catch=catch, gc_after_trial=True)
+                self.study.optimize(begun, n_trials=1, catch=catch)
                 return "ran"
             finally:
                 if self._claims.is_locked:

@@ -67,7 +67,7 @@ def plot_importances(search: Search) -> "Figure":
 
 
 def plot_parallel(search: Search) -> "Figure":
-    """A line for each completed trial through all its settings; the darker the better."""
+    """A line for each completed trial through all its settings; coloured by its loss."""
     import matplotlib.pyplot as plt
     from optuna.visualization.matplotlib import plot_parallel_coordinate
 
@@ -75,6 +75,7 @@ def plot_parallel(search: Search) -> "Figure":
     with quiet_optuna(), plt.rc_context({"axes.grid": False, "figure.figsize": (8.4, 3.6)}):
         axes = plot_parallel_coordinate(search.study, target_name="loss")
     axes.set_title("")
+    axes.collections[0].set_cmap("viridis")  # theirs ends in white, on white
     return plt.gcf()
 
 

@@ -4,6 +4,7 @@ The test split is taken away before the first trial begins: nothing chosen here 
 """
 
 import dataclasses
+import gc
 import shutil
 from multiprocessing import parent_process
 from pathlib import Path
@@ -115,6 +116,7 @@ def objective(trial: "Trial", experiment: Experiment, splits: Splits, folder: Pa
         raise OutOfMemory(str(error)) if memory else error from None
     finally:
         shutil.rmtree(out, ignore_errors=True)
+        gc.collect()  # a model refers to itself, and the next one wants its memory
 
 
 def without_test(splits: Splits) -> Splits:
