@@ -17,6 +17,7 @@ from gemmate_lib import cli, trials
 from gemmate_lib.config import Facts, GemmateError, resolve
 from gemmate_lib.search import Search, load_search, optimize_hyperparameters
 from gemmate_lib.search_plots import importances, write_plots
+from gemmate_lib.splitting import normalise
 from gemmate_lib.winner import best_experiment, finetune_with_best_params
 
 SHORT = {
@@ -65,9 +66,9 @@ def test_the_search_cannot_read_the_test_split(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It has no rows of it, and with others in their place all trials are the same to the bit."""
-    from gemmate_lib.tiny.sayings import sayings
+    from gemmate_lib.tiny.sayings import tiny_quotes
 
-    rows = [dict(row) for row in sayings(1)][:400]
+    rows = list({normalise(row["quote"]): row for row in tiny_quotes(1)}.values())
     for name, part in (("rest", rows[:200]), ("a", rows[200:300]), ("b", rows[300:])):
         lines = [json.dumps({"quote": r["quote"], "author": r["author"]}) + "\n" for r in part]
         (tmp_path / f"{name}.jsonl").write_text("".join(lines), "utf-8")
