@@ -20,6 +20,7 @@ from gemmate_lib.studies import CLAIMS, quiet_optuna
 
 if TYPE_CHECKING:
     from optuna import Study, Trial
+    from optuna.pruners import BasePruner
     from optuna.samplers import BaseSampler
     from optuna.trial import FrozenTrial
 
@@ -159,12 +160,20 @@ class Worker:
                     self._claims.release()
                     return run(trial)
 
-                self.study.sampler = self._sampler(slot)
+                self.study.sampler, self.study.pruner = self._sampler(slot), self._pruner()
                 self.study.optimize(begun, n_trials=1, catch=catch)
                 return "ran"
             finally:
                 if self._claims.is_locked:
                     self._claims.release()
+
+    def _pruner(self) -> "BasePruner":
+        from optuna import pruners
+
+        if self.search.pruner == "none":
+            return pruners.NopPruner()
+        settings = self.search
+        return pruners.MedianPruner(settings.startup_trials, n_warmup_steps=settings.prune_after)
 
     def _sampler(self, slot: int) -> "BaseSampler":
         """Seeded by the slot: what is drawn hangs on the trials before, not on who was killed."""

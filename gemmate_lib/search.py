@@ -23,7 +23,7 @@ from gemmate_lib.memory import OutOfMemory
 from gemmate_lib.models import base_record
 from gemmate_lib.resume import identity_of
 from gemmate_lib.settings import digest
-from gemmate_lib.sft import home_of
+from gemmate_lib.sft import home_of, run_key
 from gemmate_lib.studies import open_study, read_record, shown, sign
 from gemmate_lib.trials import Orphaned, grid_size, objective, prepare
 from gemmate_lib.trust import experiment_of
@@ -95,8 +95,8 @@ def optimize_hyperparameters(
     """Search the experiment's space until its study has `n_trials` told trials, and return it.
 
     timeout: in seconds; no trial begins after that.
-    out: the study's folder; one with the same study is gone on with. Default: named by what is
-        searched, under `home_of` the experiment.
+    out: the study's folder; one with the same study is gone on with. Default: named by all that
+        decides its trials, this code too, under `home_of` the experiment.
     workers: processes side by side. Other machines may join with the same `out` or `storage`.
     storage: the URL of a database that Optuna knows, instead of a journal in `out`.
     report: told of each trial as it ends, those of other workers too.
@@ -109,7 +109,8 @@ def optimize_hyperparameters(
         raise GemmateError("A search needs an end. Give n_trials (--trials), or a timeout.")
     identity = _identity(experiment, splits, storage)
     name = f"{experiment.name}-{digest(identity)[:12]}"
-    folder = Path(out) if out else home_of(experiment) / f"search-{name}"
+    own = home_of(experiment) / f"search-{experiment.name}-{run_key(experiment, splits)}"
+    folder = Path(out) if out else own
     sign(folder, identity, experiment, name)
     deadline = time.time() + timeout if timeout is not None else float("inf")
     job = Job(folder, wanted, deadline, storage)

@@ -210,6 +210,31 @@ def test_a_trial_that_kills_its_worker_each_time_is_given_up(tmp_path: Path) -> 
     assert [t.state.name for t in found.lost] == ["FAIL"] * ATTEMPTS
 
 
+@pytest.mark.parametrize(
+    ("search", "pruned"),
+    [
+        ({"pruner": "none"}, []),
+        ({"startup_trials": 2}, [2, 3, 4]),
+        ({"startup_trials": 4}, [4]),
+        ({"startup_trials": 2, "prune_after": 9}, []),
+    ],
+)
+def test_what_is_worse_than_the_median_is_pruned(
+    search: dict[str, Any], pruned: list[int], tmp_path: Path
+) -> None:
+    make(tmp_path, **search)
+
+    def worse(trial: Any) -> float:
+        trial.report(float(trial.number), 1)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return float(trial.number)
+
+    work(tmp_path, 5, worse)
+    told = check(tmp_path, 5).told
+    assert [t.number for t in told if t.state.name == "PRUNED"] == pruned
+
+
 def test_a_line_written_by_half_is_cut_off(tmp_path: Path) -> None:
     make(tmp_path)
     work(tmp_path, 2)
