@@ -5,6 +5,7 @@ The test split is taken away before the first trial begins: nothing chosen here 
 
 import dataclasses
 import gc
+import importlib.util
 import shutil
 from multiprocessing import parent_process
 from pathlib import Path
@@ -127,8 +128,11 @@ def without_test(splits: Splits) -> Splits:
 def prepare(experiment: Experiment) -> tuple[Experiment, Splits]:
     """The experiment with the space that is meant, and the rows of its trials.
 
-    Raises: GemmateError where a trial would have no validation loss.
+    Raises: GemmateError where Optuna is missing, or a trial would have no validation loss.
     """
+    if importlib.util.find_spec("optuna") is None:
+        remedy = 'pip install "gemmate-course[search]"'
+        raise GemmateError(f"A search needs Optuna, which is not installed. Run {remedy}.")
     search = experiment.search.model_copy(update={"space": space_of(experiment)})
     experiment, training = experiment.model_copy(update={"search": search}), experiment.training
     splits = without_test(load_splits(experiment))

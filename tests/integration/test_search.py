@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -167,6 +168,14 @@ def test_what_cannot_be_searched_is_said_before(
         optimize_hyperparameters(short(), out=tmp_path / "study")
 
 
+def test_without_optuna_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(GemmateError, match=r"gemmate-course\[search\]"):
+        trials.prepare(short())
+
+
 def test_where_all_weights_are_trained_an_adapters_settings_are_not_searched() -> None:
     space = trials.space_of(short(method="full"))
     assert list(space) == ["training.learning_rate"] and "lora.r" in trials.space_of(short())
@@ -213,8 +222,6 @@ def test_two_processes_killed_twice_end_with_what_was_asked(tmp_path: Path) -> N
 
 
 def signal_group(process: "subprocess.Popen[bytes]") -> None:
-    import os
-
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
