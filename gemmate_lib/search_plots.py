@@ -91,9 +91,10 @@ def plot_verdict(verdict: Verdict) -> "Figure":
         "winner, test": (verdict.test.value, verdict.test.low, verdict.test.high),
         "default, test": (verdict.default.value, verdict.default.low, verdict.default.high),
     }
-    for place, (value, low, high) in enumerate(rows.values()):
+    for place, (name, (value, low, high)) in enumerate(rows.items()):
+        colour = COLOURS[name.startswith("default")]
         errors = [[value - low], [high - value]]
-        axes.errorbar(value, -place, xerr=errors, fmt="o", capsize=3, color=COLOURS[place % 2])
+        axes.errorbar(value, -place, xerr=errors, fmt="o", capsize=3, color=colour)
     axes.set(yticks=[-i for i in range(len(rows))], yticklabels=list(rows), xlabel="loss")
     return figure
 

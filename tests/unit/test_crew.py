@@ -66,8 +66,10 @@ def work(
     """Take trials to the end, in this process."""
     experiment = make_again(folder)
     study = open_study(folder, storage=storage)
+    end = time.monotonic() + 60
     with Worker(folder, study, experiment, shared=storage is not None) as worker:
         while (outcome := worker.take(wanted, run, (ArithmeticError,))) != "done":
+            assert time.monotonic() < end, "the study does not end"
             if outcome == "wait":
                 time.sleep(0.01)
             else:  # what this process has been told is safe
