@@ -95,7 +95,8 @@ def model_card(run: "Run", *, evaluation: "Evaluation | None" = None, merged: bo
         measured = json.loads(file.read_text("utf-8"))
     model, data = run.experiment.model, _data_card(run)
     base, defaults = without_folders(model.id), flatten(Experiment())
-    changed = {k: v for k, v in flatten(run.experiment).items() if v != defaults[k]}
+    settings = flatten(run.experiment.model_copy(update={"search": Experiment().search}))
+    changed = {k: v for k, v in settings.items() if v != defaults[k]}
     shown = {k: repr(without_folders(v)) for k, v in model if k not in ("attention", "device")}
     results = "Training only; it was not evaluated."
     if measured:

@@ -23,6 +23,7 @@ FOLDER, MARK = "checkpoints", ".unfinished"  # the mark is locked while a proces
 # Settings that decide what is kept, said or done afterwards, and not what is computed.
 WITHOUT_EFFECT = {
     "name", "profile", "project_dir", "training.recipe", "checkpoint", "tracking", "generation",
+    "search",
 }  # fmt: skip
 OPTIMIZER = "checkpoint.save_optim"  # what to allow in order to go on without its state
 

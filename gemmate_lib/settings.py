@@ -11,11 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, lt=0.5)]
+# What a search compares its trials at, and what is an abbreviation for other settings.
+FIXED = ("training.eval_every", "training.recipe")
 
 
 class GemmateError(Exception):
@@ -306,6 +315,61 @@ class GenerationSettings(Settings):
     """Prompts at a time. [prompts]"""
 
 
+class Range(Settings):
+    """Numbers between two bounds, drawn evenly, or evenly in their logarithm."""
+
+    low: float
+    high: float
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _spans(self) -> "Range":
+        if not self.low < self.high or (self.log and self.low <= 0):
+            raise ValueError("low must be below high, and above 0 where log is true")
+        return self
+
+
+class SearchConfig(Settings):
+    """How hyperparameters are searched for; nothing here changes what a run computes."""
+
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    """What draws the trials: tpe learns from those before it, random and grid do not."""
+    pruner: Literal["median", "none"] = "median"
+    """median: end a trial whose validation loss is above the median of those before it."""
+    startup_trials: Count = 5
+    """So many are drawn at random, and none is pruned, before they guide the others. [trials]"""
+    prune_after: Count = 0
+    """No trial is pruned before. [optimizer steps]"""
+    space: dict[str, Any] = {
+        "training.learning_rate": {"low": 1e-5, "high": 1e-2, "log": True},
+        "training.batch_size": [4, 8, 16, 32],
+        "training.weight_decay": {"low": 0.0, "high": 0.1, "log": False},
+        "lora.r": [4, 8, 16, 32],
+        "lora.alpha": [8, 16, 32, 64],
+        "lora.dropout": {"low": 0.0, "high": 0.2, "log": False},
+    }
+    """Key -> a list to choose from, or low and high, with log where the exponent is drawn."""
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _choices_or_ranges(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or not value:
+            raise ValueError("write space as {training.learning_rate: {low: 1.0e-4, high: 0.01}}")
+        return {key: _choice(key, choice) for key, choice in value.items()}
+
+
+def _choice(key: str, value: Any) -> Any:
+    """A list as it is, or what a Range has: plain values, for manifests."""
+    if isinstance(value, list | tuple):
+        plain = all(isinstance(each, str | int | float | bool) for each in value)
+        if not value or not plain or len(set(value)) < len(value):
+            raise ValueError(f"{key}: list one plain value or more, each once")
+        return list(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"{key}: write a list, or low and high")
+    return Range.model_validate(value).model_dump()
+
+
 class Experiment(Settings):
     """Everything that decides what a run computes, apart from the machine."""
 
@@ -335,6 +399,7 @@ class Experiment(Settings):
     checkpoint: CheckpointConfig = CheckpointConfig()
     tracking: TrackingConfig = TrackingConfig()
     generation: GenerationSettings = GenerationSettings()
+    search: SearchConfig = SearchConfig()
 
     @model_validator(mode="after")
     def _best_is_measured(self) -> "Experiment":
@@ -345,6 +410,24 @@ class Experiment(Settings):
             if keep.save_strategy == "steps" and keep.save_every and keep.save_every % every:
                 problem = "checkpoint.keep_best_n needs save_every to be a multiple of eval_every"
                 raise ValueError(problem)
+        return self
+
+    @model_validator(mode="after")
+    def _space_is_of_settings(self) -> "Experiment":
+        for key, choice in self.search.space.items():
+            group, _, leaf = key.partition(".")
+            settings = getattr(self, group) if group in ("training", "lora") else None
+            if settings is None or leaf not in type(settings).model_fields or key in FIXED:
+                problem = f"search.space: {key} cannot be searched"
+                remedy = "Name settings of training and lora, which leave rows and base as they are"
+                raise GemmateError(f"{problem}. {remedy}: training.learning_rate.")
+            ends = choice if isinstance(choice, list) else (choice["low"], choice["high"])
+            for value in ends:
+                try:
+                    type(settings).model_validate({leaf: value})
+                except ValidationError as error:
+                    said = error.errors()[0]["msg"]
+                    raise GemmateError(f"search.space: {key}: {said}, not {value!r}.") from None
         return self
 
     def hash(self) -> str:

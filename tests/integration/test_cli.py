@@ -49,7 +49,7 @@ def test_help_answers_at_once() -> None:
         )
         seconds.append(time.perf_counter() - began)
     for command in ("course", "finetune", "evaluate", "compare", "generate", "push", "doctor",
-                    "tiny", "card"):  # fmt: skip
+                    "tiny", "card", "search"):  # fmt: skip
         assert command in done.stdout
     heavy = (
         "import sys, gemmate_lib.cli; print([m for m in ('torch', 'pydantic') if m in sys.modules])"

@@ -101,6 +101,41 @@ def test_what_cannot_be_is_refused(override: str, said: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("space", "said"),
+    [
+        ("{}", "search.space"),
+        ("{training.learning_rate: 3}", "write a list, or low and high"),
+        ("{training.learning_rate: []}", "one plain value or more"),
+        ("{training.learning_rate: [0.1, 0.1]}", "each once"),
+        ("{training.learning_rate: {low: 0.1, high: 0.01}}", "low must be below high"),
+        ("{training.learning_rate: {low: 0, high: 0.01, log: true}}", "above 0 where log"),
+        ("{training.learning_rate: {low: 0, high: 0.01}}", "training.learning_rate: .* not 0.0"),
+        ("{training.learning_rat: [0.1]}", "training.learning_rat cannot be searched"),
+        ("{dataset.limit: [10]}", "leave rows and base as they are"),
+        ("{training.eval_every: [1, 2]}", "cannot be searched"),
+        ("{lora.r: [4, 0]}", "lora.r: .* not 0"),
+        ("{lora.r: {low: 1, high: 4.5}}", "lora.r: .* not 4.5"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused(space: str, said: str) -> None:
+    with pytest.raises(GemmateError, match=said):
+        resolve("quotes", facts=Facts(), overrides=[f"search.space={space}"])
+
+
+def test_the_default_space_and_a_shipped_one() -> None:
+    default = Experiment().search.space
+    assert default["training.learning_rate"] == {"low": 1e-5, "high": 1e-2, "log": True}
+    assert {"training.batch_size", "lora.r", "lora.alpha"} <= {
+        key for key, choice in default.items() if isinstance(choice, list)
+    }
+    for key in ("lora.dropout", "training.weight_decay"):
+        assert default[key]["log"] is False and default[key]["low"] == 0
+    tiny = resolve("quotes", facts=Facts(), profile="tiny").experiment
+    assert tiny.search.space["training.learning_rate"]["high"] == 0.05
+    assert resolve("quotes", facts=Facts(), profile="t4").experiment.search.space == default
+
+
+@pytest.mark.parametrize(
     ("settings", "expected"),
     [
         ({}, None),
