@@ -1,0 +1,278 @@
+"""Tasks one after the other with LoRA: plainly, with replay, with EWC, or each with its own adapter.
+
+A sequence is a chain of stages, one a task. A stage is named by all that decides its result, what
+went before it included, and kept in a folder: strategies share the stages that they have in
+common, and what was learned once is found again.
+"""
+
+import json
+import random
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from gemmate_lib import machine
+from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter, write_json
+from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.consolidation import Anchor, anchor_of, held_to, trained_weights
+from gemmate_lib.data import Row, Splits, encode
+from gemmate_lib.forgetting import History, summary
+from gemmate_lib.metrics import token_losses
+from gemmate_lib.models import LoadedModel, base_record, load_base
+from gemmate_lib.resume import identity_of, work_in
+from gemmate_lib.settings import digest
+from gemmate_lib.sft import code_hash, load_splits
+from gemmate_lib.trainer import train
+
+Item = TypeVar("Item")
+BATCH = 32  # test rows at a time
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """How earlier tasks are held on to; by default not at all.
+
+    replay: rows of earlier tasks that are kept; replay_share: of what a later task trains on.
+    ewc: strength of the penalty, lambda; fisher_rows: of a task, that its Fisher is taken from.
+    separate: each task begins at the base and has an adapter of its own.
+    """
+
+    replay: int = 0
+    replay_share: float = 0.25
+    ewc: float = 0.0
+    fisher_rows: int = 32
+    separate: bool = False
+
+    def __post_init__(self) -> None:
+        if self.replay < 0 or self.ewc < 0 or self.fisher_rows < 1:
+            raise GemmateError("replay and ewc are 0 or more, fisher_rows 1 or more. Mend them.")
+        if not 0 < self.replay_share < 1:
+            raise GemmateError(f"replay_share={self.replay_share} is no share. Give 0.25, say.")
+        if self.separate and (self.replay or self.ewc):
+            raise GemmateError("Separate adapters forget nothing. Leave replay and ewc at 0.")
+
+    def in_effect(self) -> dict[str, Any]:
+        """What decides how a later task is learned: nothing, for plain sequential training."""
+        replay = {"replay": self.replay, "replay_share": self.replay_share} if self.replay else {}
+        return replay | ({"ewc": self.ewc, "fisher_rows": self.fisher_rows} if self.ewc else {})
+
+
+def strategies(*, replay: int, ewc: float) -> dict[str, Strategy]:
+    """Return the five strategies by name, for a size of the buffer and a strength."""
+    return {
+        "none": Strategy(),
+        "replay": Strategy(replay=replay),
+        "ewc": Strategy(ewc=ewc),
+        "both": Strategy(replay=replay, ewc=ewc),
+        "separate": Strategy(separate=True),
+    }
+
+
+def reservoir(stream: Iterable[Item], size: int, *, seed: int) -> list[Item]:
+    """Keep `size` items of a stream of any length, each with the same chance, in one pass.
+
+    What it holds after the first items of a stream is what it would hold of them alone.
+    Algorithm R: Vitter 1985, https://doi.org/10.1145/3147.3165
+    """
+    rng, kept = random.Random(seed), list[Item]()
+    for seen, item in enumerate(stream):
+        if seen < size:
+            kept.append(item)
+        elif (place := rng.randrange(seen + 1)) < size:
+            kept[place] = item
+    return kept
+
+
+def with_replay(rows: list[Row], buffer: Sequence[Row], *, share: float) -> list[Row]:
+    """Return a task's rows and so many of the buffer that they are this share of all.
+
+    Each row of the buffer is repeated as often as any other, or once more. Without a buffer the
+    rows are what they were. Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486
+    """
+    more = round(len(rows) * share / (1 - share)) if buffer else 0
+    return [*rows, *(buffer[i % len(buffer)] for i in range(more))]
+
+
+def sequence_of(experiments: Sequence[Experiment]) -> tuple[Experiment, dict[str, Splits]]:
+    """Read the tasks; the first experiment says which model learns them all, and how.
+
+    Raises: GemmateError for fewer than two, two of one name, or weights trained in full.
+    """
+    first, names = experiments[0], [each.name for each in experiments]
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise GemmateError(f"The tasks are {names}. Give two or more, each once.")
+    if first.method != "lora":
+        raise GemmateError("A sequence of tasks trains adapters. Set method=lora.")
+    data = [each.dataset for each in experiments]
+    longest = max(each.max_length for each in data)
+    cut = any(each.over_long == "cut" for each in data)
+    joined = data[0].model_copy(
+        update={"max_length": longest, "over_long": "cut" if cut else "drop"}
+    )
+    # The tasks' own rows have been dropped by their own limits; test losses come at their end.
+    training = first.training.model_copy(update={"eval_every": 0})
+    updates = {"dataset": joined, "training": training}
+    model = {"model": first.model}
+    tasks = {each.name: load_splits(each.model_copy(update=model)) for each in experiments}
+    return first.model_copy(update=updates), tasks
+
+
+@dataclass(frozen=True)
+class Chain:
+    """One sequence: its tasks, in order, how they are learned, and where stages are kept.
+
+    rows: of each test split that losses are measured on, the first so many.
+    """
+
+    tasks: dict[str, Splits]
+    experiment: Experiment
+    strategy: Strategy
+    home: Path
+    rows: int | None = None
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """The name of each stage; the first is that of the base, before any task."""
+        test = {name: splits.checksums()["test"] for name, splits in self.tasks.items()}
+        facts = identity_of(self.experiment, {}, base_record(self.experiment.model))
+        keys = [digest([facts, test, self.rows, code_hash()])[:16]]
+        for place, splits in enumerate(self.tasks.values()):
+            before = keys[0] if self.strategy.separate else keys[-1]
+            how = self.strategy.in_effect() if place else {}
+            keys.append(digest([before, splits.checksums()["train"], how])[:16])
+        return keys
+
+    def history(self) -> History:
+        """Learn all tasks, as far as they have not been, and return what each stage knew."""
+        found = [self._measured(stage) for stage in range(len(self.keys))]
+        if self.strategy.separate:  # what has an adapter is asked with it, the rest of the base
+            found = [
+                {t: found[j if j <= i else 0][t] for j, t in enumerate(self.tasks, 1)}
+                for i in range(len(found))
+            ]
+        losses = {t: np.array([each[t]["losses"] for each in found]) for t in self.tasks}
+        return History(losses, {t: np.array(found[0][t]["tokens"]) for t in self.tasks})
+
+    def _folder(self, stage: int) -> Path:
+        return self.home / "stages" / self.keys[stage]
+
+    def _measured(self, stage: int) -> dict[str, Any]:
+        """Losses and tokens of each task's test rows after a stage, learned now if need be."""
+        folder = self._folder(stage)
+        if not (folder / "losses.json").is_file():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with work_in(folder):
+                self._learn(stage, folder)
+        return json.loads((folder / "losses.json").read_text("utf-8"))
+
+    def _model(self, stage: int) -> tuple[LoadedModel, Any]:
+        """The base with the adapter as that stage left it; a fresh one at the base."""
+        settings = self.experiment
+        machine.prepare(
+            seed=settings.seed, threads=settings.threads, deterministic=settings.deterministic
+        )
+        base = load_base(settings.model)
+        if stage == 0:
+            return base, attach_lora(base.model, settings.lora, seed=settings.seed)
+        return base, load_adapter(base, self._folder(stage) / "adapter", trainable=True)
+
+    def _learn(self, stage: int, folder: Path) -> None:
+        """Train a stage's task from the stage before it; losses are written last."""
+        before = 0 if self.strategy.separate else max(stage - 1, 0)
+        anchors = [self._anchor(i) for i in range(1, stage)] if self.strategy.ewc else []
+        base, model = self._model(before)
+        if stage:
+            splits = self._splits(stage)
+            parts = self.experiment.training.gradient_accumulation_steps
+            with (
+                tempfile.TemporaryDirectory() as scratch,
+                held_to(trained_weights(model), anchors, self.strategy.ewc, parts=parts),
+            ):
+                log = train(model, base.tokenizer, splits, self.experiment, Path(scratch))
+            save_adapter(model, folder / "adapter", base.base)
+            write_json(folder / "log.json", log)
+        write_json(folder / "losses.json", self._losses(model, base.tokenizer))
+
+    def _splits(self, stage: int) -> Splits:
+        """The rows of a stage's task, and those that are replayed with them."""
+        splits = list(self.tasks.values())
+        past = chain.from_iterable(each.train for each in splits[: stage - 1])
+        buffer = reservoir(past, self.strategy.replay, seed=self.experiment.seed)
+        own = splits[stage - 1]
+        return replace(
+            own, train=with_replay(own.train, buffer, share=self.strategy.replay_share)
+        )
+
+    def _anchor(self, stage: int) -> Anchor:
+        """The weights that a stage ended with, and how much its task hangs on each."""
+        rows = list(self.tasks.values())[stage - 1].train[: self.strategy.fisher_rows]
+        file = self._folder(stage) / f"fisher_{len(rows)}.safetensors"
+        base, model = self._model(stage)
+        return anchor_of(model, base.tokenizer, self._encoded(rows, base.tokenizer), file=file)
+
+    def _losses(self, model: Any, tokenizer: Any) -> dict[str, Any]:
+        found = {}
+        for name, splits in self.tasks.items():
+            rows = self._encoded(splits.test[: self.rows], tokenizer)
+            sums, tokens = token_losses(model, tokenizer, rows, batch_size=BATCH)
+            found[name] = {"losses": sums.tolist(), "tokens": tokens.tolist()}
+        return found
+
+    def _encoded(self, rows: list[Row], tokenizer: Any) -> list[Any]:
+        data = self.experiment.dataset
+        shape: dict[str, Any] = {"max_length": data.max_length, "over_long": data.over_long}
+        found = [encode(row, tokenizer, **shape) for row in rows]
+        return [each for each in found if each is not None]
+
+
+def learn_in_sequence(
+    tasks: Mapping[str, Splits],
+    experiment: Experiment,
+    strategy: Strategy,
+    *,
+    out: str | Path,
+    rows: int | None = None,
+) -> History:
+    """Learn tasks one after the other; return the losses on all of them after each one.
+
+    Stages are kept in `out`, and found there again. rows: of each test split, the first so many.
+    Raises: GemmateError where a run diverges, or for EWC in float16, whose scaled gradients the
+        penalty would be lost in.
+    """
+    if strategy.ewc and experiment.model.compute_dtype == "float16":
+        raise GemmateError("EWC needs unscaled gradients. Set model.compute_dtype=float32.")
+    return Chain(dict(tasks), experiment, strategy, Path(out), rows).history()
+
+
+def compare_strategies(
+    tasks: Mapping[str, Splits],
+    experiment: Experiment,
+    chosen: Mapping[str, Strategy],
+    *,
+    out: str | Path,
+    seeds: Sequence[int] = (0, 1, 2),
+    rows: int | None = None,
+) -> dict[str, list[History]]:
+    """Learn the tasks with each strategy and each seed; write `results.json` into `out`.
+
+    The first strategy is what the others are compared with, seed by seed.
+    """
+    found: dict[str, list[History]] = {}
+    for name, strategy in chosen.items():
+        seeded = [experiment.model_copy(update={"seed": seed}) for seed in seeds]
+        found[name] = [learn_in_sequence(tasks, e, strategy, out=out, rows=rows) for e in seeded]
+    results = {
+        "tasks": list(tasks),
+        "seeds": list(seeds),
+        "rows": rows,
+        "settings": {name: asdict(strategy) for name, strategy in chosen.items()},
+        "strategies": summary(found, against=next(iter(chosen))),
+    }
+    write_json(Path(out) / "results.json", results)
+    return found
