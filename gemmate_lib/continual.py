@@ -6,16 +6,18 @@ common, and what was learned once is found again.
 """
 
 import json
+import math
 import random
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import numpy as np
+from filelock import FileLock
 
 from gemmate_lib import machine
 from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter, write_json
@@ -23,7 +25,7 @@ from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.consolidation import Anchor, anchor_of, held_to, trained_weights
 from gemmate_lib.data import Row, Splits, encode
 from gemmate_lib.forgetting import History, summary
-from gemmate_lib.metrics import token_losses
+from gemmate_lib.metrics import position_losses, row_sums
 from gemmate_lib.models import LoadedModel, base_record, load_base
 from gemmate_lib.resume import identity_of, work_in
 from gemmate_lib.settings import digest
@@ -139,9 +141,8 @@ class Chain:
     @cached_property
     def keys(self) -> list[str]:
         """The name of each stage; the first is that of the base, before any task."""
-        test = {name: splits.checksums()["test"] for name, splits in self.tasks.items()}
         facts = identity_of(self.experiment, {}, base_record(self.experiment.model))
-        keys = [digest([facts, test, self.rows, code_hash()])[:16]]
+        keys = [digest([facts, code_hash()])[:16]]
         for place, splits in enumerate(self.tasks.values()):
             before = keys[0] if self.strategy.separate else keys[-1]
             how = self.strategy.in_effect() if place else {}
@@ -150,79 +151,84 @@ class Chain:
 
     def history(self) -> History:
         """Learn all tasks, as far as they have not been, and return what each stage knew."""
-        found = [self._measured(stage) for stage in range(len(self.keys))]
+        names = list(self.tasks)
+        stages = range(len(self.keys))
         if self.strategy.separate:  # what has an adapter is asked with it, the rest of the base
-            found = [
-                {t: found[j if j <= i else 0][t] for j, t in enumerate(self.tasks, 1)}
-                for i in range(len(found))
-            ]
-        losses = {t: np.array([each[t]["losses"] for each in found]) for t in self.tasks}
-        return History(losses, {t: np.array(found[0][t]["tokens"]) for t in self.tasks})
+            own = [self._measured(i, names if i == 0 else [names[i - 1]]) for i in stages]
+            found = [{t: own[j * (j <= i)][t] for j, t in enumerate(names, 1)} for i in stages]
+        else:
+            found = [self._measured(i, names) for i in stages]
+        of = {
+            part: {t: np.array([each[t][part] for each in found]) for t in names}
+            for part in ("losses", "right")
+        }
+        return History(**of, tokens={t: np.array(found[0][t]["tokens"]) for t in names})
 
     def _folder(self, stage: int) -> Path:
         return self.home / "stages" / self.keys[stage]
 
-    def _measured(self, stage: int) -> dict[str, Any]:
-        """Losses and tokens of each task's test rows after a stage, learned now if need be."""
-        folder = self._folder(stage)
-        if not (folder / "losses.json").is_file():
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            with work_in(folder):
-                self._learn(stage, folder)
-        return json.loads((folder / "losses.json").read_text("utf-8"))
+    def _measured(self, stage: int, names: Sequence[str]) -> dict[str, Any]:
+        """What the stage knows of the tasks with these names; it is learned now if need be."""
+        folder, files = self._folder(stage), {}
+        for name in names:
+            shape = [self.tasks[name].checksums()["test"], self.rows]
+            files[name] = folder / f"losses_{digest(shape)[:16]}.json"
+        if missing := [name for name in names if not files[name].is_file()]:
+            base, model = self._model(stage)
+            for name in missing:
+                found = self._losses(name, model, base.tokenizer)
+                write_json(files[name].with_suffix(".part"), found)
+                files[name].with_suffix(".part").replace(files[name])
+        return {name: json.loads(file.read_text("utf-8")) for name, file in files.items()}
 
     def _model(self, stage: int) -> tuple[LoadedModel, Any]:
-        """The base with the adapter as that stage left it; a fresh one at the base."""
-        settings = self.experiment
+        """The base with the adapter as the stage leaves it: learned, or learned before."""
+        folder, settings = self._folder(stage), self.experiment
+        if stage and not (folder / "log.json").is_file():
+            return self._learn(stage, folder)
         machine.prepare(
             seed=settings.seed, threads=settings.threads, deterministic=settings.deterministic
         )
         base = load_base(settings.model)
-        if stage == 0:
-            return base, attach_lora(base.model, settings.lora, seed=settings.seed)
-        return base, load_adapter(base, self._folder(stage) / "adapter", trainable=True)
-
-    def _learn(self, stage: int, folder: Path) -> None:
-        """Train a stage's task from the stage before it; losses are written last."""
-        before = 0 if self.strategy.separate else max(stage - 1, 0)
-        anchors = [self._anchor(i) for i in range(1, stage)] if self.strategy.ewc else []
-        base, model = self._model(before)
         if stage:
-            splits = self._splits(stage)
-            parts = self.experiment.training.gradient_accumulation_steps
-            with (
-                tempfile.TemporaryDirectory() as scratch,
-                held_to(trained_weights(model), anchors, self.strategy.ewc, parts=parts),
-            ):
-                log = train(model, base.tokenizer, splits, self.experiment, Path(scratch))
+            return base, load_adapter(base, folder / "adapter", trainable=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        return base, attach_lora(base.model, settings.lora, seed=settings.seed)
+
+    def _learn(self, stage: int, folder: Path) -> tuple[LoadedModel, Any]:
+        """Train a stage's task from the stage before it, with the trainer that trains all runs."""
+        anchors = [self._anchor(i) for i in range(1, stage)] if self.strategy.ewc else []
+        base, model = self._model(0 if self.strategy.separate else stage - 1)
+        parts = self.experiment.training.gradient_accumulation_steps
+        held = held_to(trained_weights(model), anchors, self.strategy.ewc, parts=parts)
+        with work_in(folder), TemporaryDirectory() as scratch, held:
+            rows = self._splits(stage)
+            log = train(model, base.tokenizer, rows, self.experiment, Path(scratch))
             save_adapter(model, folder / "adapter", base.base)
             write_json(folder / "log.json", log)
-        write_json(folder / "losses.json", self._losses(model, base.tokenizer))
+        return base, model
 
     def _splits(self, stage: int) -> Splits:
         """The rows of a stage's task, and those that are replayed with them."""
         splits = list(self.tasks.values())
         past = chain.from_iterable(each.train for each in splits[: stage - 1])
         buffer = reservoir(past, self.strategy.replay, seed=self.experiment.seed)
-        own = splits[stage - 1]
-        return replace(
-            own, train=with_replay(own.train, buffer, share=self.strategy.replay_share)
-        )
+        own, share = splits[stage - 1], self.strategy.replay_share
+        return replace(own, train=with_replay(own.train, buffer, share=share))
 
     def _anchor(self, stage: int) -> Anchor:
         """The weights that a stage ended with, and how much its task hangs on each."""
+        base, model = self._model(stage)
         rows = list(self.tasks.values())[stage - 1].train[: self.strategy.fisher_rows]
         file = self._folder(stage) / f"fisher_{len(rows)}.safetensors"
-        base, model = self._model(stage)
         return anchor_of(model, base.tokenizer, self._encoded(rows, base.tokenizer), file=file)
 
-    def _losses(self, model: Any, tokenizer: Any) -> dict[str, Any]:
-        found = {}
-        for name, splits in self.tasks.items():
-            rows = self._encoded(splits.test[: self.rows], tokenizer)
-            sums, tokens = token_losses(model, tokenizer, rows, batch_size=BATCH)
-            found[name] = {"losses": sums.tolist(), "tokens": tokens.tolist()}
-        return found
+    def _losses(self, name: str, model: Any, tokenizer: Any) -> dict[str, Any]:
+        rows = self._encoded(self.tasks[name].test[: self.rows], tokenizer)
+        losses = position_losses(model, tokenizer, rows, batch_size=BATCH)
+        sums, tokens = row_sums(losses)
+        right = [int((each < math.log(2)).sum()) for each in losses]  # NaN is no token
+        return {"losses": sums.tolist(), "right": right, "tokens": tokens.tolist()}
 
     def _encoded(self, rows: list[Row], tokenizer: Any) -> list[Any]:
         data = self.experiment.dataset
@@ -247,7 +253,10 @@ def learn_in_sequence(
     """
     if strategy.ewc and experiment.model.compute_dtype == "float16":
         raise GemmateError("EWC needs unscaled gradients. Set model.compute_dtype=float32.")
-    return Chain(dict(tasks), experiment, strategy, Path(out), rows).history()
+    home = Path(out)
+    home.mkdir(parents=True, exist_ok=True)
+    with FileLock(home / ".lock"):  # notebooks that run side by side share their stages
+        return Chain(dict(tasks), experiment, strategy, home, rows).history()
 
 
 def compare_strategies(

@@ -22,10 +22,12 @@ class History:
     """Test losses of one sequence.
 
     losses: task -> -log p of each row's completion in nats, float64 [T + 1, N];
-    tokens: task -> tokens of each completion, int64 [N].
+    right: task -> how many of its tokens have more than half of the probability, int64 [T + 1, N];
+    tokens: task -> how many there are, int64 [N].
     """
 
     losses: dict[str, np.ndarray]
+    right: dict[str, np.ndarray]
     tokens: dict[str, np.ndarray]
 
     @property
@@ -35,15 +37,17 @@ class History:
 
     def loss(self) -> Scores:
         """Mean loss of a token in nats, [T + 1, T]: here lower is better."""
-        parts = [self.losses[t].sum(axis=1) / self.tokens[t].sum() for t in self.tasks]
-        return np.stack(parts, axis=1)
+        return self._per_token(self.losses)
 
     def accuracy(self) -> Scores:
-        """Share of rows whose completion is likelier than all others together, [T + 1, T].
+        """Share of the tokens with more than half of the probability, [T + 1, T].
 
-        Greedy decoding then writes it: each of its tokens has more than half of the probability.
+        Greedy decoding writes such a token, where it has written the answer up to there.
         """
-        parts = [(self.losses[t] < math.log(2)).mean(axis=1) for t in self.tasks]
+        return self._per_token(self.right)
+
+    def _per_token(self, counted: dict[str, np.ndarray]) -> Scores:
+        parts = [counted[task].sum(axis=1) / self.tokens[task].sum() for task in self.tasks]
         return np.stack(parts, axis=1)
 
 
