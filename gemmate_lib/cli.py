@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from gemmate_lib.cli_continual import continual
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_shipped import (
     Overrides,
@@ -24,6 +25,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(runs_app)
+app.command()(continual)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")

@@ -105,9 +105,7 @@ def held_to(
     Raises: GemmateError where the anchors are of other weights.
     """
     if any(set(a.weights) != set(weights) for a in anchors):
-        raise GemmateError(
-            "The anchors are of another adapter. Take them from the one in training."
-        )
+        raise GemmateError("The anchors are of another adapter. Take them from this one.")
     hooks = [
         weight.register_hook(partial(_pulled, weight, name, anchors, strength / parts))
         for name, weight in weights.items()

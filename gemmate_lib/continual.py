@@ -1,4 +1,4 @@
-"""Tasks one after the other with LoRA: plainly, with replay, with EWC, or each with its own adapter.
+"""Tasks one after the other: plainly, with replay, with EWC, or an adapter for each.
 
 A sequence is a chain of stages, one a task. A stage is named by all that decides its result, what
 went before it included, and kept in a folder: strategies share the stages that they have in
@@ -7,21 +7,20 @@ common, and what was learned once is found again.
 
 import json
 import math
-import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
 from gemmate_lib import machine
 from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter, write_json
-from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
 from gemmate_lib.consolidation import Anchor, anchor_of, held_to, trained_weights
 from gemmate_lib.data import Row, Splits, encode
 from gemmate_lib.forgetting import History, summary
@@ -30,75 +29,15 @@ from gemmate_lib.models import LoadedModel, base_record, load_base
 from gemmate_lib.resume import identity_of, work_in
 from gemmate_lib.settings import digest
 from gemmate_lib.sft import code_hash, load_splits
+from gemmate_lib.strategies import Strategy, reservoir, strategies, with_replay
 from gemmate_lib.trainer import train
 
-Item = TypeVar("Item")
+__all__ = [
+    "Chain", "Strategy", "compare_strategies", "learn_in_sequence", "reservoir", "sequence_of",
+    "strategies", "with_replay",
+]  # fmt: skip
+
 BATCH = 32  # test rows at a time
-
-
-@dataclass(frozen=True)
-class Strategy:
-    """How earlier tasks are held on to; by default not at all.
-
-    replay: rows of earlier tasks that are kept; replay_share: of what a later task trains on.
-    ewc: strength of the penalty, lambda; fisher_rows: of a task, that its Fisher is taken from.
-    separate: each task begins at the base and has an adapter of its own.
-    """
-
-    replay: int = 0
-    replay_share: float = 0.25
-    ewc: float = 0.0
-    fisher_rows: int = 32
-    separate: bool = False
-
-    def __post_init__(self) -> None:
-        if self.replay < 0 or self.ewc < 0 or self.fisher_rows < 1:
-            raise GemmateError("replay and ewc are 0 or more, fisher_rows 1 or more. Mend them.")
-        if not 0 < self.replay_share < 1:
-            raise GemmateError(f"replay_share={self.replay_share} is no share. Give 0.25, say.")
-        if self.separate and (self.replay or self.ewc):
-            raise GemmateError("Separate adapters forget nothing. Leave replay and ewc at 0.")
-
-    def in_effect(self) -> dict[str, Any]:
-        """What decides how a later task is learned: nothing, for plain sequential training."""
-        replay = {"replay": self.replay, "replay_share": self.replay_share} if self.replay else {}
-        return replay | ({"ewc": self.ewc, "fisher_rows": self.fisher_rows} if self.ewc else {})
-
-
-def strategies(*, replay: int, ewc: float) -> dict[str, Strategy]:
-    """Return the five strategies by name, for a size of the buffer and a strength."""
-    return {
-        "none": Strategy(),
-        "replay": Strategy(replay=replay),
-        "ewc": Strategy(ewc=ewc),
-        "both": Strategy(replay=replay, ewc=ewc),
-        "separate": Strategy(separate=True),
-    }
-
-
-def reservoir(stream: Iterable[Item], size: int, *, seed: int) -> list[Item]:
-    """Keep `size` items of a stream of any length, each with the same chance, in one pass.
-
-    What it holds after the first items of a stream is what it would hold of them alone.
-    Algorithm R: Vitter 1985, https://doi.org/10.1145/3147.3165
-    """
-    rng, kept = random.Random(seed), list[Item]()
-    for seen, item in enumerate(stream):
-        if seen < size:
-            kept.append(item)
-        elif (place := rng.randrange(seen + 1)) < size:
-            kept[place] = item
-    return kept
-
-
-def with_replay(rows: list[Row], buffer: Sequence[Row], *, share: float) -> list[Row]:
-    """Return a task's rows and so many of the buffer that they are this share of all.
-
-    Each row of the buffer is repeated as often as any other, or once more. Without a buffer the
-    rows are what they were. Chaudhry et al. 2019, https://arxiv.org/abs/1902.10486
-    """
-    more = round(len(rows) * share / (1 - share)) if buffer else 0
-    return [*rows, *(buffer[i % len(buffer)] for i in range(more))]
 
 
 def sequence_of(experiments: Sequence[Experiment]) -> tuple[Experiment, dict[str, Splits]]:
@@ -112,17 +51,15 @@ def sequence_of(experiments: Sequence[Experiment]) -> tuple[Experiment, dict[str
     if first.method != "lora":
         raise GemmateError("A sequence of tasks trains adapters. Set method=lora.")
     data = [each.dataset for each in experiments]
-    longest = max(each.max_length for each in data)
-    cut = any(each.over_long == "cut" for each in data)
-    joined = data[0].model_copy(
-        update={"max_length": longest, "over_long": "cut" if cut else "drop"}
-    )
-    # The tasks' own rows have been dropped by their own limits; test losses come at their end.
-    training = first.training.model_copy(update={"eval_every": 0})
-    updates = {"dataset": joined, "training": training}
-    model = {"model": first.model}
-    tasks = {each.name: load_splits(each.model_copy(update=model)) for each in experiments}
-    return first.model_copy(update=updates), tasks
+    limits: dict[str, Any] = {"max_length": max(d.max_length for d in data)}  # of the joined rows
+    limits |= {"over_long": "cut" if any(each.over_long == "cut" for each in data) else "drop"}
+    updates = {
+        "dataset": data[0].model_copy(update=limits),
+        "training": first.training.model_copy(update={"eval_every": 0}),
+        "checkpoint": CheckpointConfig(),  # a stage is kept once it has ended
+    }
+    own = {each.name: each.model_copy(update={"model": first.model}) for each in experiments}
+    return first.model_copy(update=updates), {name: load_splits(e) for name, e in own.items()}
 
 
 @dataclass(frozen=True)

@@ -140,5 +140,18 @@ def summary(found: Mapping[str, Sequence[History]], *, against: str) -> dict[str
     }
 
 
+def lines(found: Mapping[str, Sequence[History]]) -> list[str]:
+    """Return one line a strategy, for people; the first is what the others are compared with."""
+    against, shown = next(iter(found)), ("loss", "earlier_loss", "forgetting_nats", "accuracy")
+    told = [f"{'':<10}" + "".join(f"{name:<32}" for name in shown)]
+    for name, histories in found.items():
+        measures = measure(histories)
+        told.append(f"{name:<10}" + "".join(f"{measures[key]!s:<32}" for key in shown))
+    for name, histories in list(found.items())[1:]:
+        change = differences(found[against], histories)["earlier_loss"]
+        told.append(f"loss on earlier tasks, {name} against {against}: {change}")
+    return told
+
+
 def _plain(interval: Interval) -> dict[str, Any]:
     return {k: v if math.isfinite(v) else None for k, v in vars(interval).items()}
