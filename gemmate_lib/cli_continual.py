@@ -1,7 +1,7 @@
 """The command line's part for tasks one after the other."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,10 +26,12 @@ def continual(
     from gemmate_lib import machine
     from gemmate_lib.config import resolve
 
-    facts = machine.read_facts()
-    found = [
-        resolve(e, facts=facts, profile=profile, overrides=settings or ()) for e in experiments
-    ]
+    given: dict[str, Any] = {
+        "facts": machine.read_facts(),
+        "profile": profile,
+        "overrides": settings or (),
+    }
+    found = [resolve(name, **given).experiment for name in experiments]
     from gemmate_lib.continual import compare_strategies, sequence_of, strategies
     from gemmate_lib.forgetting import lines
 

@@ -114,8 +114,7 @@ class Chain:
             base, model = self._model(stage)
             for name in missing:
                 found = self._losses(name, model, base.tokenizer)
-                write_json(files[name].with_suffix(".part"), found)
-                files[name].with_suffix(".part").replace(files[name])
+                _write(files[name], found)
         return {name: json.loads(file.read_text("utf-8")) for name, file in files.items()}
 
     def _model(self, stage: int) -> tuple[LoadedModel, Any]:
@@ -220,5 +219,11 @@ def compare_strategies(
         "settings": {name: asdict(strategy) for name, strategy in chosen.items()},
         "strategies": summary(found, against=next(iter(chosen))),
     }
-    write_json(Path(out) / "results.json", results)
+    _write(Path(out) / "results.json", results)
     return found
+
+
+def _write(file: Path, value: Any) -> None:
+    """Write JSON that is whole or not there."""
+    write_json(file.with_suffix(".part"), value)
+    file.with_suffix(".part").replace(file)
