@@ -133,8 +133,10 @@ class Chain:
 
     def _learn(self, stage: int, folder: Path) -> tuple[LoadedModel, Any]:
         """Train a stage's task from the stage before it, with the trainer that trains all runs."""
-        anchors = [self._anchor(i) for i in range(1, stage)] if self.strategy.ewc else []
+        past = range(1, stage) if self.strategy.ewc else range(0)
+        anchors = [self._anchor(i, *self._model(i)) for i in past[:-1]]
         base, model = self._model(0 if self.strategy.separate else stage - 1)
+        anchors += [self._anchor(i, base, model) for i in past[-1:]]  # where training begins
         parts = self.experiment.training.gradient_accumulation_steps
         held = held_to(trained_weights(model), anchors, self.strategy.ewc, parts=parts)
         with work_in(folder), TemporaryDirectory() as scratch, held:
@@ -152,9 +154,8 @@ class Chain:
         own, share = splits[stage - 1], self.strategy.replay_share
         return replace(own, train=with_replay(own.train, buffer, share=share))
 
-    def _anchor(self, stage: int) -> Anchor:
+    def _anchor(self, stage: int, base: LoadedModel, model: Any) -> Anchor:
         """The weights that a stage ended with, and how much its task hangs on each."""
-        base, model = self._model(stage)
         rows = list(self.tasks.values())[stage - 1].train[: self.strategy.fisher_rows]
         file = self._folder(stage) / f"fisher_{len(rows)}.safetensors"
         return anchor_of(model, base.tokenizer, self._encoded(rows, base.tokenizer), file=file)
