@@ -41,13 +41,13 @@ def position_losses(
     with evaluating(model), torch.inference_mode():
         for start in range(0, len(rows), batch_size):
             batch = by_length[start : start + batch_size]
-            logits = _logits(model, tokenizer, [rows[i] for i in batch])
+            logits = logits_of(model, tokenizer, [rows[i] for i in batch])
             for i, scores in zip(batch, logits, strict=True):
                 _take_losses(losses[i], scores, rows[i].labels)
     return losses
 
 
-def _logits(model: Any, tokenizer: Any, rows: list[Encoded]) -> Any:
+def logits_of(model: Any, tokenizer: Any, rows: list[Encoded]) -> Any:
     """Logits [B, T, V]. Padding on the right needs no mask: a causal model never looks ahead."""
     import torch
 

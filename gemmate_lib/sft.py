@@ -87,7 +87,7 @@ def open_run(run: Run, *, force: bool = False) -> LoadedModel:
 
 
 @cache
-def _code_hash() -> str:
+def code_hash() -> str:
     """sha256 of this library's sources: a run made by other code is another run."""
     root = Path(__file__).parent
     files = sorted(f for f in root.rglob("*") if f.suffix in (".py", ".yaml"))
@@ -101,7 +101,7 @@ def run_key(experiment: Experiment, splits: Splits) -> str:
         "rows": splits.checksums(),
         "base": base_record(experiment.model),
         "packages": package_versions(),
-        "code": _code_hash(),
+        "code": code_hash(),
     }
     return digest(parts)[:12]
 

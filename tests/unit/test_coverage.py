@@ -15,7 +15,7 @@ import pytest
 
 from gemmate_lib import stats
 from gemmate_lib.evaluate import _ratio
-from gemmate_lib.stats import Interval, bootstrap, paired_bootstrap, wilson
+from gemmate_lib.stats import Interval, bootstrap, over_seeds, paired_bootstrap, wilson
 
 EVALUATIONS, N, FEWER = 1_000, 200, 999
 REACHED, FALSE_ALARMS = (0.93, 0.97), (0.035, 0.065)
@@ -110,6 +110,25 @@ def test_an_interval_of_another_level_would_be_caught(name: str, level: int, wid
     share = covered(*bounds(name), width=width)
     assert not reaches(share), f"{name} at {level} %: {share:.1%}"
     assert share == pytest.approx(level / 100, abs=0.035)
+
+
+def seeds(n: int) -> np.ndarray:
+    """Value, low and high of evaluations by n runs each, whose results are normal."""
+    rng = np.random.default_rng(0)
+    found = [over_seeds(rng.normal(5, 2, n)) for _ in range(EVALUATIONS)]
+    return np.array([(each.value, each.low, each.high) for each in found])
+
+
+@pytest.mark.parametrize("n", [2, 3, 10])
+def test_an_interval_over_a_few_seeds_covers_the_truth(n: int) -> None:
+    assert reaches(covered(seeds(n), 5.0))
+
+
+def test_a_bootstrap_of_three_seeds_or_a_normal_quantile_would_be_caught() -> None:
+    assert not reaches(covered(seeds(3), 5.0, width=1.96 / 4.303))
+    rng = np.random.default_rng(0)
+    drawn = [bootstrap(rng.normal(5, 2, 3)) for _ in range(200)]
+    assert covered(np.array([(d.value, d.low, d.high) for d in drawn]), 5.0) < 0.85
 
 
 def paired(rng: np.random.Generator, *, gain: float) -> stats.Comparison:

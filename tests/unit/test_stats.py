@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from gemmate_lib.config import GemmateError
-from gemmate_lib.stats import Interval, bootstrap, paired_bootstrap, wilson
+from gemmate_lib.stats import Interval, bootstrap, over_seeds, paired_bootstrap, wilson
 
 
 def test_an_interval_reads_well():
@@ -12,6 +12,19 @@ def test_an_interval_reads_well():
     assert str(Interval(0.00123, -0.0004, 0.0029, 9)) == "0.00123 [-0.0004, 0.0029] (n=9)"
     assert str(Interval(23.456, 20.1, 25.3, 9)) == "23.456 [20.10, 25.30] (n=9)"
     assert str(Interval(0.0, 0.0, 0.0, 3)) == "0.000 [0.00, 0.00] (n=3)"
+
+
+def test_three_seeds_have_students_interval():
+    found = over_seeds([1.0, 2.0, 6.0])
+    half = 4.302653 * np.std([1, 2, 6], ddof=1) / np.sqrt(3)
+    assert (found.value, found.n) == (3.0, 3)
+    assert (found.low, found.high) == pytest.approx((3 - half, 3 + half), rel=1e-6)
+    alone = over_seeds([0.5])
+    assert (alone.value, alone.low, alone.high) == (0.5, -np.inf, np.inf)
+    assert over_seeds([2.0, 2.0]).low == over_seeds([2.0, 2.0]).high == 2.0
+    for wrong in ([], [1.0, np.nan]):
+        with pytest.raises(GemmateError, match="finite"):
+            over_seeds(wrong)
 
 
 def test_bootstrap_agrees_with_the_t_interval_on_normal_data():
