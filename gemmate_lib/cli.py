@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 import gemmate_lib.cli_quality  # noqa: F401  (its commands stand beside those of cli_shipped)
-from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_continual import continual
+from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
 from gemmate_lib.cli_shipped import (

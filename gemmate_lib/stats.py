@@ -100,22 +100,6 @@ def wilson(successes: int, n: int) -> Interval:
     return Interval(successes / n, float(low), float(high), n)
 
 
-def student(values: ArrayLike) -> Interval:
-    """Return the mean of a few values, one a seed say, with Student's t interval.
-
-    A bootstrap of three values would be far too narrow: it never leaves their range.
-    Raises: GemmateError where there are no values, or one is not finite.
-    """
-    from scipy import stats
-
-    data = _finite(values)
-    mean = float(data.mean())
-    if len(data) == 1:
-        return Interval(mean, -math.inf, math.inf, 1)
-    half = float(stats.t.ppf(0.975, len(data) - 1) * data.std(ddof=1) / math.sqrt(len(data)))
-    return Interval(mean, mean - half, mean + half, len(data))
-
-
 def paired_bootstrap(
     before: ArrayLike, after: ArrayLike, *, seed: int = 0, higher_is_better: bool = True
 ) -> Comparison:

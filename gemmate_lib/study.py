@@ -24,7 +24,7 @@ from gemmate_lib.evaluate import general_texts
 from gemmate_lib.methods import attach, trained
 from gemmate_lib.models import LoadedModel, load_base
 from gemmate_lib.sft import Run, finetune_or_load, home_of, load_splits, open_run, run_key
-from gemmate_lib.stats import Interval, student
+from gemmate_lib.stats import Interval, over_seeds
 from gemmate_lib.stepping import measure_step
 
 SHIPPED = Path(__file__).parent / "experiments"
@@ -164,7 +164,7 @@ def _encoded(model: LoadedModel, rows: list[Row], max_length: int) -> list[Any]:
 def summary(results: Mapping[str, Any], key: str) -> dict[str, Interval]:
     """The mean of a number over the seeds, with its interval, for each variant."""
     found = results["variants"].items()
-    return {name: student([record[key] for record in records]) for name, records in found}
+    return {name: over_seeds([record[key] for record in records]) for name, records in found}
 
 
 def lines(results: Mapping[str, Any]) -> Iterator[str]:
