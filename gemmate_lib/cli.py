@@ -55,6 +55,7 @@ def main(
 def course(
     more: Annotated[list[str] | None, typer.Argument(metavar="", hidden=True)] = None,
     only: Annotated[list[str] | None, typer.Option(help="A notebook's number; repeatable.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="The electives too.")] = False,
     profile: Profile = "tiny",
     parameter: Annotated[
         list[str] | None, typer.Option("-p", help="NAME=VALUE for the notebooks; repeatable.")
@@ -80,7 +81,7 @@ def course(
     else:
         order = Order(
             profile=profile,
-            only=only or (),
+            only=["all"] if every else only or (),
             parameters=read_pairs(parameter or (), "-p lora_r=16"),
             grid=read_grid([*(grid or ()), *(more or ())]),
             cell_timeout=cell_timeout,

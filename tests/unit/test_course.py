@@ -8,9 +8,11 @@ import time
 import psutil
 import pytest
 from printed import printed
+from typer.testing import CliRunner
 
 from gemmate_lib import batches, course, headless
 from gemmate_lib.batches import Job, check_parameters, plan, read_grid, read_pairs, select
+from gemmate_lib.cli import app
 from gemmate_lib.config import GemmateError
 from gemmate_lib.course import Order, alone, make_folder, newest_order, run_course
 from gemmate_lib.headless import NotebookResult, inside, main_metric, run_notebook
@@ -239,6 +241,13 @@ def test_select_takes_the_core_or_what_is_named(three):
     assert list(select(["03_sft.ipynb"])) == ["03"]
     with pytest.raises(GemmateError, match="03_sft"):
         select(["03_stf"])
+
+
+def test_all_runs_the_electives_too(three, tmp_path):
+    words = ["course", "--all", "--jobs", "2", "--out", str(tmp_path / "out")]
+    told = CliRunner().invoke(app, words)
+    assert told.exit_code == 0, told.output
+    assert {f.name for f in three} == {f.name for f in (tmp_path / "out").rglob("*.ipynb")}
 
 
 def test_a_parameter_goes_where_it_is_known(three):
