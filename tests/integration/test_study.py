@@ -105,7 +105,7 @@ def _alone(folder: Path) -> None:
     (_alone, "a NAME.yaml for each variant"),
     (lambda f: (f / "lora.yaml").write_text("- a list"), "is no mapping"),
     (lambda f: (f / "lora.yaml").write_text("a: [b"), "Cannot read"),
-    (lambda f: (f / "lora.yaml").write_text("methd: lora"), "Did you mean 'method'"),
+    (lambda f: (f / "lora.yaml").write_text("methodx: lora"), "Did you mean 'method'"),
 ])  # fmt: skip
 def test_a_mistake_in_a_folder_is_named(folder: Path, spoil: Callable[..., Any], why: str) -> None:
     spoil(folder)
@@ -115,7 +115,7 @@ def test_a_mistake_in_a_folder_is_named(folder: Path, spoil: Callable[..., Any],
 
 def test_a_study_that_is_not_there() -> None:
     with pytest.raises(GemmateError, match="Did you mean 'methods'"):
-        read_study("metods", facts=Facts())
+        read_study("methodsx", facts=Facts())
 
 
 def test_an_interval_over_seeds_is_students() -> None:
