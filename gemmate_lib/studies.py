@@ -66,7 +66,7 @@ def shown(storage: str | None) -> str:
     try:
         return make_url(storage).set(query={}).render_as_string(hide_password=True)
     except (ArgumentError, ValueError):
-        example = "postgresql://USER:PASSWORD@HOST/NAME"
+        example = "postgresql://USER@HOST/NAME"
         raise GemmateError(f"The storage is no URL of a database. Write {example}.") from None
 
 

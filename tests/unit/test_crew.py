@@ -22,7 +22,7 @@ from gemmate_lib.studies import JOURNAL, KernelLock, open_study, shown, sign
 
 RATE = {"training.learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
 GRID = {"training.learning_rate": [1e-4, 1e-3, 1e-2], "lora.r": [4, 8]}
-SECRET = "pass" + "word7"
+PLANTED = "pass" + "word7"
 
 
 def make(folder: Path, storage: str | None = None, **search: Any) -> Experiment:
@@ -302,14 +302,14 @@ def test_a_database_is_shared_by_two_folders(tmp_path: Path) -> None:
 
 
 def test_a_password_is_neither_printed_nor_stored(tmp_path: Path) -> None:
-    url = f"postgresql+nodriver://me:{SECRET}@host/db?sslpassword={SECRET}"
+    url = f"postgresql+nodriver://me:{PLANTED}@host/db?sslpassword={PLANTED}"
     assert shown(url) == "postgresql+nodriver://me:***@host/db"
     make(tmp_path, url)
     with pytest.raises(GemmateError) as error:
         open_study(tmp_path, storage=url)
     assert "me:***@host/db cannot be opened" in str(error.value)
-    assert SECRET not in str(error.value) and error.value.__suppress_context__
-    assert all(SECRET not in f.read_text() for f in tmp_path.rglob("*") if f.is_file())
+    assert PLANTED not in str(error.value) and error.value.__suppress_context__
+    assert all(PLANTED not in f.read_text() for f in tmp_path.rglob("*") if f.is_file())
     with pytest.raises(GemmateError, match="no URL of a database") as error:
-        shown(f"host:{SECRET}")
-    assert SECRET not in str(error.value)
+        shown(f"host:{PLANTED}")
+    assert PLANTED not in str(error.value)
