@@ -19,10 +19,10 @@ LEAST = {"distinct": 0.1, "coverage": 0.5, "spread": 0.35}
 
 
 class Finding(NamedTuple):
-    """What was measured under one heading, and whether somebody should look."""
+    """What was measured under one heading, and whether somebody should look; open: not measured."""
 
     title: str
-    level: Literal["fine", "look"]
+    level: Literal["fine", "look", "open"]
     text: str
 
 
@@ -57,7 +57,7 @@ def _size(quality: Quality) -> Finding:
 def _relevance(quality: Quality) -> Finding:
     found = quality.relevance
     if found is None:
-        return _finding("Relevance", True, "Not measured: no texts of the task were given.")
+        return Finding("Relevance", "open", "Not measured: no texts of the task were given.")
     share = len(found.outside) / len(quality.examples)
     text = f"{found.coverage:.0%} of the running words of {found.task} occur here; "
     text += f"{share:.0%} of the rows are less like it than nearly all of its own texts are."

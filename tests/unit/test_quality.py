@@ -93,6 +93,7 @@ def test_a_clean_set_gives_no_cause_to_look(tmp_path):
     levels = {f.title: f.level for f in findings(found)}
     for title in ("Size", "Class balance", "Encodings", "Personal data", "Label conflicts"):
         assert levels[title] == "fine", title
+    assert levels["Relevance"] == "open"  # no texts of the task were given
 
 
 @pytest.mark.parametrize(
