@@ -807,10 +807,10 @@ def test_the_policy_holds_where_escaping_fails(beacon: tuple[str, set[str]], tmp
                                                open_page: Any, note: Note) -> None:  # fmt: skip
     from markupsafe import Markup
 
-    from gemmate_lib.report import _render
+    from gemmate_lib.report import render_page
 
     page = tmp_path / "page.html"
-    page.write_text(_render(title="t", body=Markup(tricks(beacon[0], "raw"))), "utf-8")
+    page.write_text(render_page(title="t", body=Markup(tricks(beacon[0], "raw"))), "utf-8")
     seen = open_page(page)
     assert "<script>window.planted" in seen.dom and not seen.ran and not seen.asked
     note("a page whose text is HTML, under the page's own policy", "nothing ran, nothing asked for")
