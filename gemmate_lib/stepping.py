@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from gemmate_lib.data import Encoded
 
-STEPS = 3  # timed, after one that is not: the optimizer makes its state in the first
+STEPS = 7  # timed, after one that is not: the optimizer makes its state in the first
 
 
 class StepCost(NamedTuple):
