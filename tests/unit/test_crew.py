@@ -132,7 +132,7 @@ def test_two_workers_killed_twice_end_with_what_was_asked(tmp_path: Path, seed: 
     make(tmp_path)
     rng = random.Random(seed)
     for _ in range(2):
-        pids = [fork(lambda: work(tmp_path, 40, slow(cheap, 0.05))) for _ in range(2)]
+        pids = [fork(lambda: work(tmp_path, 40, slow(cheap, 0.2))) for _ in range(2)]
         kill(pids, rng.uniform(0.1, 0.5))
     assert tally(open_study(tmp_path)).done < 40
     pids = [fork(lambda: work(tmp_path, 40)) for _ in range(2)]
