@@ -93,13 +93,13 @@ def settings_of(model: str, arm: str, steps: int) -> Any:
 
 def lengths_of(model: str) -> list[int]:
     """The lengths of the training rows, in tokens, in the order of the data."""
-    from gemmate_lib.data import encode
     from gemmate_lib.models import load_tokenizer
+    from gemmate_lib.rows import encode_all
     from gemmate_lib.sft import load_splits
 
     tokenizer, rows = load_tokenizer(model), load_splits(settings_of(model, "ours", 1)).train
-    encoded = (encode(row, tokenizer, max_length=128, over_long="drop") for row in rows)
-    return [len(ids.input_ids) for ids in encoded if ids is not None]
+    encoded = encode_all(rows, tokenizer, max_length=128, over_long="drop")
+    return [len(ids.input_ids) for ids in encoded]
 
 
 def run(model: str, arm: str, steps: int, folder: Path) -> tuple[float, list[float]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.config import GemmateError, LoraSettings
+from gemmate_lib.manifest import write_whole
 from gemmate_lib.trust import refuse_far_adapter, refuse_pickled_adapter
 
 if TYPE_CHECKING:
@@ -156,8 +157,8 @@ def save_adapter(model: "PeftModel", directory: str | Path, base: Base) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whose bytes depend on the value alone."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", "utf-8")
+    """Write JSON whose bytes depend on the value alone; the file is whole or not there."""
+    write_whole(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def read_adapter_config(directory: str | Path) -> "PeftConfig":

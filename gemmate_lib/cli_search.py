@@ -66,19 +66,25 @@ def search(
         trials, timeout=timeout, out=out, workers=workers, storage=storage,
         report=None if as_json else told,
     )  # fmt: skip
-    best_trial, counts = found.best, found.tally
+    winner = found.best  # where no trial was completed, that is said before a plot is drawn
     verdict = (
         finetune_with_best_params(found, report=None if as_json else progress) if best else None
     )
     write_plots(found)
+    lines = verdict.lines() if verdict else []
     if as_json:
-        result = {"folder": str(found.directory), "trials": len(counts.told),
-                  "best": best_trial.number, "loss": best_trial.value,
-                  "params": best_trial.params}  # fmt: skip
-        typer.echo(json.dumps(result | ({"verdict": verdict.lines()} if verdict else {})))
-        return
-    typer.echo(f"{len(counts.told)} trials in {found.directory}; the best:")
-    told(best_trial)
-    overrides = " ".join(f"--set {key}={value}" for key, value in best_trial.params.items())
+        result = {"folder": str(found.directory), "trials": len(found.tally.told),
+                  "best": winner.number, "loss": winner.value,
+                  "params": winner.params}  # fmt: skip
+        typer.echo(json.dumps(result | ({"verdict": lines} if verdict else {})))
+    else:
+        typer.echo(f"{len(found.tally.told)} trials in {found.directory}; the best:")
+        _tell_winner(winner, experiment, lines)
+
+
+def _tell_winner(winner: "FrozenTrial", experiment: str, verdict: list[str]) -> None:
+    """Print the best trial, the command that trains it, and what it was worth."""
+    told(winner)
+    overrides = " ".join(f"--set {key}={value}" for key, value in winner.params.items())
     typer.echo(f"gemmate finetune {experiment} {overrides}")
-    typer.echo("\n".join(verdict.lines() if verdict else ["add --best to open the test split"]))
+    typer.echo("\n".join(verdict or ["add --best to open the test split"]))

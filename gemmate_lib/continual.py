@@ -22,11 +22,12 @@ from gemmate_lib import machine
 from gemmate_lib.adapters import attach_lora, load_adapter, save_adapter, write_json
 from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
 from gemmate_lib.consolidation import Anchor, anchor_of, held_to, trained_weights
-from gemmate_lib.data import Row, Splits, encode
+from gemmate_lib.data import Row, Splits
 from gemmate_lib.forgetting import History, summary
 from gemmate_lib.metrics import position_losses, row_sums
 from gemmate_lib.models import LoadedModel, base_record, load_base
 from gemmate_lib.resume import identity_of, work_in
+from gemmate_lib.rows import encode_all
 from gemmate_lib.settings import digest
 from gemmate_lib.sft import code_hash, load_splits
 from gemmate_lib.strategies import Strategy, reservoir, strategies, with_replay
@@ -114,7 +115,7 @@ class Chain:
             base, model = self._model(stage)
             for name in missing:
                 found = self._losses(name, model, base.tokenizer)
-                _write(files[name], found)
+                write_json(files[name], found)
         return {name: json.loads(file.read_text("utf-8")) for name, file in files.items()}
 
     def _model(self, stage: int) -> tuple[LoadedModel, Any]:
@@ -169,9 +170,7 @@ class Chain:
 
     def _encoded(self, rows: list[Row], tokenizer: Any) -> list[Any]:
         data = self.experiment.dataset
-        shape: dict[str, Any] = {"max_length": data.max_length, "over_long": data.over_long}
-        found = [encode(row, tokenizer, **shape) for row in rows]
-        return [each for each in found if each is not None]
+        return encode_all(rows, tokenizer, max_length=data.max_length, over_long=data.over_long)
 
 
 def learn_in_sequence(
@@ -220,11 +219,5 @@ def compare_strategies(
         "settings": {name: asdict(strategy) for name, strategy in chosen.items()},
         "strategies": summary(found, against=next(iter(chosen))),
     }
-    _write(Path(out) / "results.json", results)
+    write_json(Path(out) / "results.json", results)
     return found
-
-
-def _write(file: Path, value: Any) -> None:
-    """Write JSON that is whole or not there."""
-    write_json(file.with_suffix(".part"), value)
-    file.with_suffix(".part").replace(file)

@@ -95,8 +95,14 @@ def write_manifest(
     except ValueError as error:
         raise GemmateError(f"{path}: {error}. See where the run diverged.") from None
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(text + "\n", encoding="utf-8")
-    return path.with_suffix(".tmp").replace(path)
+    return write_whole(path, text + "\n")
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Write a file that is whole or not there, whenever the process ends."""
+    draft = path.with_suffix(".tmp")
+    draft.write_text(text, encoding="utf-8")
+    return draft.replace(path)
 
 
 def read_manifest(directory: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Rows of prompt and completion, and their way to token ids that are not too long."""
 
 from bisect import bisect_right
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import dropwhile
 from typing import Any, NamedTuple
@@ -74,6 +75,14 @@ def encode(row: Row, tokenizer: Any, *, max_length: int, over_long: str) -> Enco
         starts = [start for _, start in (*bos, *prompt, *completion)]
         times = [row.times[bisect_right(ends, start)][1] for start in starts]
     return Encoded(ids, [-100] * masked + ids[masked:], cut, times)
+
+
+def encode_all(
+    rows: Iterable[Row], tokenizer: Any, *, max_length: int, over_long: str
+) -> list[Encoded]:
+    """Encode rows in their order, without those that are too long to keep."""
+    found = (encode(row, tokenizer, max_length=max_length, over_long=over_long) for row in rows)
+    return [ids for ids in found if ids is not None]
 
 
 def _parts(row: Row, tokenizer: Any) -> tuple[list[tuple[int, int]], ...]:

@@ -16,6 +16,7 @@ from filelock import FileLock
 
 from gemmate_lib.checkpoints import differences
 from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.manifest import write_whole
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -119,8 +120,7 @@ def sign(folder: Path, identity: dict[str, Any], experiment: Experiment, name: s
                 raise GemmateError(f"{folder} holds another study. {lines}. {remedy}.")
             return
         content = {"name": name, "identity": record, "config": experiment.model_dump(mode="json")}
-        path.with_suffix(".tmp").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        path.with_suffix(".tmp").replace(path)
+        write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -19,10 +19,11 @@ from gemmate_lib import machine
 from gemmate_lib import metrics as m
 from gemmate_lib.adapters import write_json
 from gemmate_lib.config import Experiment, Facts, GemmateError, among, resolve
-from gemmate_lib.data import Row, Splits, encode
+from gemmate_lib.data import Row, Splits
 from gemmate_lib.evaluate import general_texts
 from gemmate_lib.methods import attach, trained
 from gemmate_lib.models import LoadedModel, load_base
+from gemmate_lib.rows import encode_all
 from gemmate_lib.sft import Run, finetune_or_load, home_of, load_splits, open_run, run_key
 from gemmate_lib.stats import Interval, over_seeds
 from gemmate_lib.stepping import measure_step
@@ -157,8 +158,7 @@ def held_out(model: LoadedModel, splits: Splits, *, max_length: int) -> tuple[fl
 
 
 def _encoded(model: LoadedModel, rows: list[Row], max_length: int) -> list[Any]:
-    found = (encode(row, model.tokenizer, max_length=max_length, over_long="cut") for row in rows)
-    return [ids for ids in found if ids]
+    return encode_all(rows, model.tokenizer, max_length=max_length, over_long="cut")
 
 
 def summary(results: Mapping[str, Any], key: str) -> dict[str, Interval]:

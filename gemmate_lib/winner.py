@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from gemmate_lib.config import Experiment, GemmateError
-from gemmate_lib.data import Row, encode
+from gemmate_lib.manifest import write_whole
 from gemmate_lib.metrics import token_losses
+from gemmate_lib.rows import Row, encode_all
 from gemmate_lib.search import Search
 from gemmate_lib.sft import Run, finetune_model, load_run, load_splits, open_run
 from gemmate_lib.stats import Comparison, Interval, bootstrap, paired_bootstrap
@@ -102,9 +103,7 @@ def finetune_with_best_params(
         bootstrap(base["test"]), paired_bootstrap(base["test"], again["test"],
         higher_is_better=False),
     )  # fmt: skip
-    text = json.dumps(asdict(made), indent=2, allow_nan=False)
-    file.with_suffix(".tmp").write_text(f"{text}\n", "utf-8")
-    file.with_suffix(".tmp").replace(file)
+    write_whole(file, json.dumps(asdict(made), indent=2, allow_nan=False) + "\n")
     return made
 
 
@@ -119,11 +118,7 @@ def row_losses(run: Run, rows: Mapping[str, Sequence[Row]]) -> dict[str, np.ndar
     loaded, data = open_run(run), run.experiment.dataset
     found = {}
     for name, each in rows.items():
-        cut = [
-            ids
-            for row in each
-            if (ids := encode(row, loaded.tokenizer, max_length=data.max_length, over_long="cut"))
-        ]
+        cut = encode_all(each, loaded.tokenizer, max_length=data.max_length, over_long="cut")
         size = run.experiment.generation.batch_size
         sums, counts = token_losses(loaded.model, loaded.tokenizer, cut, batch_size=size)
         found[name] = sums / counts
