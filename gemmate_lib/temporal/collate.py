@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from gemmate_lib.adapters import encoder_of
 from gemmate_lib.config import DatasetConfig, Experiment, GemmateError
-from gemmate_lib.data import encode, load_dataset_splits
+from gemmate_lib.data import load_dataset_splits
+from gemmate_lib.rows import encode_all
 from gemmate_lib.timestamps import MISSING
 
 
@@ -33,12 +34,12 @@ class TemporalDataset(torch.utils.data.Dataset[dict[str, list[int]]]):
         if config.timestamp is None:
             raise GemmateError("The rows have no time. Name the field: dataset.timestamp=date.")
         rows = getattr(load_dataset_splits(config, tokenizer=tokenizer), split)
-        shape: dict[str, Any] = {"max_length": config.max_length, "over_long": config.over_long}
-        found = [encode(row, tokenizer, **shape) for row in rows]
+        found = encode_all(
+            rows, tokenizer, max_length=config.max_length, over_long=config.over_long
+        )
         self.rows = [
             {"input_ids": e.input_ids, "labels": e.labels, "timestamps": e.timestamps or []}
             for e in found
-            if e is not None
         ]
 
     def __len__(self) -> int:
