@@ -106,7 +106,7 @@ def stamped(path: Path, cells: list[Cell]) -> Iterator[str]:
     if badges != [stamp.badge(path, url)]:
         yield "its Colab badge does not point to itself: run make stamp"
     code = [cell for cell in cells if cell["cell_type"] == "code"]
-    if [c["source"] for c in code if stamp.COLAB in c["source"]] != [stamp.install(url)]:
+    if [c["source"] for c in code if stamp.COLAB in c["source"]] != [stamp.install(url, path)]:
         yield "its install cell is not as `make stamp` writes it"
     if (count := sum("parameters" in c["metadata"].get("tags", ()) for c in code)) != 1:
         yield f"{count} cells are tagged `parameters`, not one"

@@ -25,10 +25,14 @@ if "google.colab" in sys.modules and importlib.util.find_spec("gemmate_lib") is 
 
     keep = [f"{name}=={version(name)}" for name in ("torch", "numpy")]
     Path("keep.txt").write_text("\\n".join(keep))  # Colab's own builds stay
-    %pip install -q -c keep.txt "gemmate-course @ git+{url}"
+    %pip install -q -c keep.txt "gemmate-course{extras} @ git+{url}"
     from gemmate_lib.doctor import version_lines
 
     print(*version_lines(), sep="\\n")"""
+
+
+# What an elective needs besides, by its number: extras of pyproject.toml.
+EXTRAS = {"10": "[search]", "13": "[serve]", "14": "[cloud]"}
 
 
 def repository() -> str:
@@ -47,9 +51,10 @@ def badge(notebook: Path, url: str) -> str:
     return f"[![Open in Colab]({picture})]({page})"
 
 
-def install(url: str) -> str:
-    """The source of the install cell."""
-    return INSTALL.replace("{url}", url)
+def install(url: str, notebook: Path = Path()) -> str:
+    """The source of a notebook's install cell, with the extras that it needs."""
+    extras = EXTRAS.get(notebook.name[:2], "")
+    return INSTALL.replace("{url}", url).replace("{extras}", extras)
 
 
 def read(notebook: Path) -> dict[str, Any]:
@@ -74,7 +79,7 @@ def stamp(notebook: Path, url: str) -> bool:
             # As a function, for the badge is text and no pattern.
             source = BADGE.sub(lambda _: badge(notebook, url), source)
         elif COLAB in source:
-            source = install(url)
+            source = install(url, notebook)
         cell["source"] = source.splitlines(keepends=True)
     write(notebook, content)
     return json.dumps(content, sort_keys=True) != before
