@@ -15,6 +15,7 @@ import torch
 from transformers import TrainerCallback
 
 from gemmate_lib import checkpoints
+from gemmate_lib.budget import Budget
 from gemmate_lib.config import GemmateError
 from gemmate_lib.storage import Storage
 
@@ -177,13 +178,15 @@ class Checkpointing(TrainerCallback):
             "identity": keep.identity,
             "optimizer": keep.optimizer,
         }
+        if self.stopping.budget:
+            record["spent_hours"] = self.stopping.budget.spent
         made = checkpoints.seal(Path(args.output_dir) / name, keep.folder, record)
         if state.best_global_step == state.global_step:
             state.best_model_checkpoint = str(made.path)
         with self._copying(name):
             if keep.storage:
                 keep.storage.sync_to_storage(made)
-        if self.stopping.number:  # it is what the run goes on from
+        if self.stopping.asked:  # it is what the run goes on from
             return
         gone = checkpoints.prune(
             keep.folder, keep_last_n=keep.keep_last_n, keep_best_n=keep.keep_best_n,
@@ -205,10 +208,19 @@ class Checkpointing(TrainerCallback):
 
 
 class Stopping(TrainerCallback):
-    """Turns SIGTERM and SIGINT into a checkpoint at the end of the step; a second one is obeyed."""
+    """Turns SIGTERM and SIGINT into a checkpoint at the end of the step; a second one is obeyed.
 
-    def __init__(self) -> None:
-        self.number = 0
+    budget: ends the run in the same way once it is spent.
+    """
+
+    def __init__(self, budget: Budget | None = None) -> None:
+        self.number, self.budget = 0, budget
+        self.by_budget = False  # once it has stopped the run
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run is to stop."""
+        return bool(self.number) or (self.budget is not None and self.budget.over)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -238,5 +250,6 @@ class Stopping(TrainerCallback):
             self._stop(state, control)
 
     def _stop(self, state: Any, control: Any) -> None:
-        if self.number and state.global_step < state.max_steps:
+        if self.asked and state.global_step < state.max_steps:
+            self.by_budget = not self.number
             control.should_save = control.should_training_stop = True

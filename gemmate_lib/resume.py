@@ -15,6 +15,7 @@ from filelock import FileLock, Timeout
 from gemmate_lib import checkpoints
 from gemmate_lib.callbacks import Keeping
 from gemmate_lib.config import Experiment, GemmateError, flatten
+from gemmate_lib.journal import JOURNAL, Journal
 from gemmate_lib.manifest import package_versions
 from gemmate_lib.storage import FsspecStorage
 
@@ -22,8 +23,8 @@ log = logging.getLogger("gemmate")
 FOLDER, MARK = "checkpoints", ".unfinished"  # the mark is locked while a process writes the run
 # Settings that decide what is kept, said or done afterwards, and not what is computed.
 WITHOUT_EFFECT = {
-    "name", "profile", "project_dir", "training.recipe", "checkpoint", "tracking", "generation",
-    "search",
+    "name", "profile", "project_dir", "training.recipe", "checkpoint", "budget", "tracking",
+    "generation", "search",
 }  # fmt: skip
 OPTIMIZER = "checkpoint.save_optim"  # what to allow in order to go on without its state
 
@@ -100,7 +101,7 @@ def work_in(out: Path) -> Iterator[Path]:
 
 def _leave_checkpoints(out: Path) -> None:
     for path in out.iterdir():
-        if path.name in (FOLDER, MARK):
+        if path.name in (FOLDER, MARK, JOURNAL):  # what is left is still to be seen, and paid
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -144,6 +145,16 @@ def find_start(
                            "each with --allow-changed KEY.")  # fmt: skip
     kept = {key: list(both) for key, both in changed.items()}
     return Start(found.checkpoint.path, found.checkpoint.step, found.skipped, kept)
+
+
+def hours_spent(out: Path, start: Start) -> float:
+    """Hours that earlier processes spent on a run: by its checkpoint, or by its journal if more.
+
+    A process that was killed spent more than its last checkpoint knows; a checkpoint that was
+    fetched from a storage comes without a journal.
+    """
+    record = checkpoints.read(start.path).manifest if start.path else {}
+    return max(float(record.get("spent_hours", 0.0)), Journal(out).update().spent)
 
 
 def fetch(storage: FsspecStorage, folder: Path) -> None:

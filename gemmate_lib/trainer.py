@@ -10,6 +10,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 
 from gemmate_lib import machine
+from gemmate_lib.budget import Budget, refuse_budget
 from gemmate_lib.callbacks import (
     KEPT,
     Checkpointing,
@@ -24,6 +25,7 @@ from gemmate_lib.checkpoints import name_of, verify
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Row, Splits, encode
 from gemmate_lib.memory import said_in_numbers
+from gemmate_lib.monitor import Monitor
 from gemmate_lib.sampling import ByLength
 from gemmate_lib.temporal.collate import collator_for
 from gemmate_lib.tracking import tracking
@@ -67,15 +69,21 @@ def train(
     collator: Any = None,
     keeping: Keeping | None = None,
     resume_from: Path | None = None,
+    budget: Budget | None = None,
+    monitor: Monitor | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place with TRL; return the log, one record a step or evaluation.
 
     keeping: where checkpoints go and which of them stay; None: none are written.
     resume_from: a checkpoint that has been verified, to go on from.
+    monitor: writes the run's journal, and tells trackers what is used.
     Raises: GemmateError where a time-aware model has rows without times, or the reverse; Diverged
-        for a number that is not finite; Interrupted after SIGTERM or SIGINT, once it has saved.
+        for a number that is not finite; Interrupted after SIGTERM or SIGINT, and Spent at the end
+        of the budget, once it has saved.
     """
-    stopping = Stopping()
+    if budget is None:
+        refuse_budget(experiment, "A training of several parts")
+    stopping = Stopping(budget)
     with _known_training_warnings(), tracking(experiment) as tracker:
         trainer = _build(model, tokenizer, splits, experiment, directory, collator=collator)
         rows = None
@@ -83,7 +91,9 @@ def train(
             held = 2 * experiment.training.gradient_accumulation_steps + 2
             rows = trainer.data_collator = RowsOf(trainer.data_collator, keep=held)
         kept = [stopping, Checkpointing(keeping, stopping)] if keeping else []
-        for callback in [tracker, Watch(report, rows), *kept]:
+        if tracker and monitor:
+            tracker.more = monitor.told
+        for callback in [budget, monitor, tracker, Watch(report, rows), *kept]:
             if callback is not None:
                 trainer.add_callback(callback)
         listening = stopping.listening() if keeping else contextlib.nullcontext()
@@ -92,6 +102,8 @@ def train(
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if stopping.number and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(stopping.number, trainer.state.global_step)
+    if stopping.by_budget and budget:
+        raise budget.stopped(trainer.state.global_step, trainer.state.max_steps)
     history = [
         {"step": r["step"]} | {k: r[k] for k in KEPT if k in r} for r in trainer.state.log_history
     ]
