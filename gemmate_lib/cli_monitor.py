@@ -35,3 +35,14 @@ def watch(
         show_frame(read_journal(run), console)
     else:
         follow(run, console, every=every)
+
+
+@monitor_app.command()
+def report(
+    run: Watched,
+    out: Annotated[Path, typer.Option(help="The page to write: NAME.html.")],
+) -> None:
+    """Write a run as one HTML page with plots: curves, pace, what was used, what happened."""
+    from gemmate_lib.run_page import write_run_page
+
+    typer.echo(f"page: {write_run_page(run, out)}")

@@ -100,7 +100,8 @@ class Journal:
         found = numbers(record)
         self.steps, self.hours = int(found.get("steps", 0)), found.get("hours")
         self.name = printable(record.get("name"))
-        for curve in (*self.curves.values(), self.times):
+        self.times.clear()  # between two processes lies a time without steps
+        for curve in self.curves.values():
             curve[:] = [point for point in curve if point[0] <= step]
         self.checkpoints = [each for each in self.checkpoints if each <= step]
 

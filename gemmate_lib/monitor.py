@@ -36,7 +36,8 @@ class Monitor(TrainerCallback):
     def __init__(self, folder: Path, *, name: str, budget: Budget, fresh: bool = True) -> None:
         self.path, self.name, self.budget, self.fresh = folder / JOURNAL, name, budget, fresh
         self.summary: dict[str, float] = {}  # for the manifest
-        self.news: dict[str, float] = {}  # of the last look, for trackers; taken by `told`
+        self.latest: dict[str, float] = {}  # the last look at the machine
+        self._untold = False
         self._file: IO[str] | None = None
         self._warned = ""
         self._looked = self._step_began = self._epoch_began = 0.0
@@ -121,15 +122,15 @@ class Monitor(TrainerCallback):
             look["step_seconds"] = self._seconds * self._batch / self._rows
         self._seconds = self._tokens = 0.0
         self._rows = 0
-        self.news = look
+        self.latest, self._untold = look, True
         most = {key for key in look if key.endswith(("rss_mib", "used_mib"))}
         peaks = {f"peak_{key}": max(look[key], self.summary.get(f"peak_{key}", 0)) for key in most}
         self.summary |= peaks
         return look
 
     def told(self) -> dict[str, float]:
-        """What is new since this was asked for, as trackers name it."""
-        news, self.news = self.news, {}
+        """The last look, for a tracker that was not told of it yet."""
+        news, self._untold = self.latest if self._untold else {}, False
         return {f"monitor/{name}": value for name, value in news.items()}
 
     def _write(self, event: str, **record: Any) -> None:

@@ -21,6 +21,7 @@ from filelock import FileLock
 from gemmate_lib import machine
 from gemmate_lib.adapters import load_adapter, save_adapter
 from gemmate_lib.budget import Budget, refuse_budget
+from gemmate_lib.cloud_metrics import check_cloud
 from gemmate_lib.config import BudgetConfig, Experiment, GemmateError
 from gemmate_lib.data import Splits, load_dataset_splits
 from gemmate_lib.manifest import package_versions, read_manifest, write_manifest
@@ -162,6 +163,7 @@ def finetune_model(
     resume = resume or experiment.checkpoint.resume
     check_new(out, resume=resume)
     check_tracker(experiment.tracking)
+    check_cloud(experiment.tracking)
     soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
     if soft:
         refuse_budget(experiment, f"The method {experiment.method}, which has no checkpoints,")

@@ -22,6 +22,7 @@ from gemmate_lib.callbacks import (
     Watch,
 )
 from gemmate_lib.checkpoints import name_of, verify
+from gemmate_lib.cloud_metrics import cloud_metrics
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Row, Splits, encode
 from gemmate_lib.memory import said_in_numbers
@@ -93,7 +94,8 @@ def train(
         kept = [stopping, Checkpointing(keeping, stopping)] if keeping else []
         if tracker and monitor:
             tracker.more = monitor.told
-        for callback in [budget, monitor, tracker, Watch(report, rows), *kept]:
+        cloud = cloud_metrics(experiment, monitor)
+        for callback in [budget, monitor, tracker, cloud, Watch(report, rows), *kept]:
             if callback is not None:
                 trainer.add_callback(callback)
         listening = stopping.listening() if keeping else contextlib.nullcontext()

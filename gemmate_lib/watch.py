@@ -60,7 +60,7 @@ def facts(run: Journal) -> Iterator[tuple[str, str]]:
     if run.step_seconds and not run.over:
         yield "time left", f"{duration(run.seconds_left)} at {run.step_seconds:.2f} s a step"
     if run.spent:
-        budget = f" of {run.hours:.3g} h" if run.hours else ""
+        budget = f" of {duration(run.hours * 3600)}" if run.hours else ""
         yield "spent", f"{duration(run.spent * 3600)}{budget}"
     if "rss_mib" in run.use:
         free = run.use.get("available_mib", 0.0) / 1024
@@ -84,13 +84,14 @@ def frame(run: Journal, *, width: int, blocks: str = BLOCKS) -> "RenderableType"
     from rich.text import Text
 
     colour = COLOURS.get(run.state, "red")
-    title = Text(f"{run.folder.name}: {run.sentence()}", style=f"bold {colour}")
-    parts: list[RenderableType] = [title]
+    parts: list[RenderableType] = [
+        Text(f"{run.folder.name}: {run.sentence()}", style=f"bold {colour}")
+    ]
     if run.steps:
         share = f"{100 * run.step / run.steps:.0f} %"
         parts.append(Text(f"step {run.step} of {run.steps}, {share}, epoch {run.epoch:.2f}"))
         done = min(1.0, run.step / run.steps) * min(width, 60)
-        full, empty = "━─" if blocks == BLOCKS else "#-"
+        full, empty = ("━", "─") if blocks == BLOCKS else ("#", "-")
         parts.append(Text(full * round(done) + empty * (min(width, 60) - round(done))))
     table = Table.grid(padding=(0, 2))
     for name, said in facts(run):
@@ -103,8 +104,8 @@ def frame(run: Journal, *, width: int, blocks: str = BLOCKS) -> "RenderableType"
             ends = f"steps {curve[0][0]} to {curve[-1][0]}, {low:.3g} to {high:.3g}"
             parts.append(Text(f"\n{title}, {ends}", style="dim"))
             height = 6 if name == "loss" else 2
-            lines = chart(curve, width=width, height=height, blocks=blocks)
-            parts += [Text(line, style="cyan", no_wrap=True) for line in lines]
+            rows = chart(curve, width=width, height=height, blocks=blocks)
+            parts += [Text(row, style="cyan", no_wrap=True) for row in rows]
     for moment, said in run.events[-4:]:
         clock = time.strftime("%H:%M:%S", time.localtime(moment))
         parts.append(Text(f"{clock} {said}", style="yellow"))
