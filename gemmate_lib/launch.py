@@ -50,7 +50,9 @@ def check_cluster(cluster: Cluster, experiment: Experiment) -> None:
     shares(training.batch_size, training.gradient_accumulation_steps, cluster.world)
     if not 0 <= cluster.node_rank < cluster.nodes:
         last = cluster.nodes - 1
-        raise GemmateError(f"There is no machine {cluster.node_rank}. Give --node-rank 0 to {last}.")
+        raise GemmateError(
+            f"There is no machine {cluster.node_rank}. Give --node-rank 0 to {last}."
+        )
     if cluster.nodes > 1 and not cluster.rendezvous:
         problem = f"{cluster.nodes} machines need a place to meet"
         raise GemmateError(f"{problem}. Give all of them --rendezvous HOST:PORT of machine 0.")
@@ -136,7 +138,9 @@ def _run(cluster: Cluster, folder: Path) -> None:
         shutdown_timeout=PATIENCE,
     )
     # This library, not another one that is installed, wherever we stand.
-    start = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import gemmate_lib.ranked as r; r.main()"
+    start = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import gemmate_lib.ranked as r; r.main()"
+    )
     try:
         elastic_launch(config, sys.executable)("-c", start, str(folder))
     except SignalException:

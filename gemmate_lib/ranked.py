@@ -10,13 +10,12 @@ from typing import Any
 
 from gemmate_lib.callbacks import Interrupted
 from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.manifest import write_whole
 from gemmate_lib.ranks import ASKED, STRATEGY
 
 
 def work(order: dict[str, Any]) -> None:
     """Do as the order says. Raises: what fine-tuning raises."""
-    import torch.distributed as dist
-
     from gemmate_lib.cli_shipped import progress
     from gemmate_lib.sft import finetune_model
 
@@ -28,6 +27,11 @@ def work(order: dict[str, Any]) -> None:
         allow_changed=order["allow_changed"],
         report=progress if order["show"] else None,
     )
+
+
+def _leave() -> None:
+    import torch.distributed as dist
+
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -52,9 +56,10 @@ def main() -> None:
         note |= {"kind": "other", "said": f"{type(error).__name__}: {error}".splitlines()[0]}
         code = 1
     else:
+        _leave()
         return
     note["at"] = time.time()
-    (folder / f"rank-{rank}.json").write_text(json.dumps(note), "utf-8")
+    write_whole(folder / f"rank-{rank}.json", json.dumps(note))
     sys.stdout.flush()
     os._exit(code)  # at once: torch would wait for ranks that are gone
 
