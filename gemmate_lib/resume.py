@@ -13,10 +13,12 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gemmate_lib import checkpoints
-from gemmate_lib.callbacks import Keeping
+from gemmate_lib.budget import Spent
+from gemmate_lib.callbacks import Interrupted, Keeping
 from gemmate_lib.config import Experiment, GemmateError, flatten
 from gemmate_lib.journal import JOURNAL, Journal
 from gemmate_lib.manifest import package_versions
+from gemmate_lib.ranks import ALONE, Ranks
 from gemmate_lib.storage import FsspecStorage
 
 log = logging.getLogger("gemmate")
@@ -33,9 +35,15 @@ _FULL = re.compile(r"No space left|File too large|os error (27|28)\b|failed writ
 
 
 def identity_of(
-    experiment: Experiment, checksums: Mapping[str, Any], base: Mapping[str, Any]
+    experiment: Experiment,
+    checksums: Mapping[str, Any],
+    base: Mapping[str, Any],
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """All that decides the result of a run, by key: settings, rows, base weights, packages."""
+    """All that decides the result of a run, by key: settings, rows, base weights, packages.
+
+    How many processes shared the batches does so only where dropout draws on each of them.
+    """
     settings = json.loads(json.dumps(flatten(experiment)))  # as a manifest has them
     found = {
         key: value
@@ -44,6 +52,8 @@ def identity_of(
     }
     found |= {f"rows.{split}": digest for split, digest in checksums.items()}
     found["base.weights_sha256"] = base["weights_sha256"]
+    if ranks.several and experiment.lora.dropout:
+        found["processes"] = ranks.world
     return found | {f"package.{name}": version for name, version in package_versions().items()}
 
 
@@ -79,13 +89,29 @@ def check_new(out: Path, *, resume: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def work_in(out: Path) -> Iterator[Path]:
-    """The folder of a run, ours alone; gone again on a failure, but for its checkpoints."""
+def work_in(out: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
+    """The folder of a run, ours alone; gone again on a failure, but for its checkpoints.
+
+    Of several ranks the first one owns it; it is left when every rank is done.
+    """
+    try:
+        with _owned(out) if ranks.first else contextlib.nullcontext():
+            if ranks.several:
+                ranks.share(out)
+            yield out
+    except (Interrupted, Spent):
+        ranks.wait()  # who ends before the first one is done has it ended, too
+        raise
+    ranks.wait()
+
+
+@contextlib.contextmanager
+def _owned(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / MARK, timeout=0):
             _leave_checkpoints(out)  # what a killed process left half done
-            yield out
+            yield
     except Timeout:
         raise GemmateError(f"{out} exists: another process is writing it. Wait for it.") from None
     except BaseException as error:

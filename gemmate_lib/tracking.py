@@ -120,15 +120,17 @@ def check_tracker(settings: TrackingConfig) -> None:
 
 
 @contextlib.contextmanager
-def tracking(experiment: Experiment) -> Iterator[Tracking | None]:
+def tracking(experiment: Experiment, *, first: bool = True) -> Iterator[Tracking | None]:
     """What to add to a trainer's callbacks; None where no tracker is asked for.
+
+    first: whether this is the process, of several, that tells.
 
     Trackers that would go online by default, W&B, stay offline unless WANDB_MODE says otherwise.
     Raises: GemmateError as `check_tracker` does.
     """
     settings = experiment.tracking
     check_tracker(settings)
-    if settings.tracker == "none":
+    if settings.tracker == "none" or not first:
         yield None
         return
     from transformers.integrations import INTEGRATION_TO_CALLBACK
