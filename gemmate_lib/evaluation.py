@@ -134,3 +134,22 @@ def write_evaluation(evaluation: Evaluation, directory: str | Path) -> None:
     text = dump(evaluation.as_dict(), indent=1)
     (directory / "metrics.json").write_text(f"{text}\n", "utf-8", newline="\n")
     (directory / "predictions.jsonl").write_text("".join(lines), "utf-8", newline="\n")
+
+
+def read_evaluation(directory: str | Path) -> Evaluation:
+    """Read what `write_evaluation` wrote. Raises: GemmateError where it is not there, or not it."""
+    directory = Path(directory)
+    try:
+        found = json.loads((directory / "metrics.json").read_text("utf-8"))
+        lines = (directory / "predictions.jsonl").read_text("utf-8").split("\n")
+        metrics = {name: Interval(**_open(value)) for name, value in found.pop("metrics").items()}
+        return Evaluation(metrics, predictions=[json.loads(x) for x in lines if x], **found)
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        said = f"{directory} holds no evaluation that can be read ({error})"
+        raise GemmateError(f"{said}. Make it with: gemmate evaluate RUN") from None
+
+
+def _open(interval: dict[str, Any]) -> dict[str, Any]:
+    """An interval as it was before JSON, which knows no infinity."""
+    bounds = {"low": -math.inf, "high": math.inf}
+    return interval | {k: end for k, end in bounds.items() if interval[k] is None}

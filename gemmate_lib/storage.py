@@ -25,6 +25,16 @@ class Storage(Protocol):
         """Delete a checkpoint there."""
 
 
+def reach(url: str) -> tuple[Any, str]:
+    """The file system of a URL, and the path in it. Raises: GemmateError for an unknown one."""
+    import fsspec
+
+    try:
+        return fsspec.core.url_to_fs(url.rstrip("/"))
+    except (ImportError, ValueError) as error:
+        raise GemmateError(f"Cannot write to {url}: {error}") from None
+
+
 class FsspecStorage:
     """Storage at an fsspec URL such as gs://bucket/run, s3://bucket/run, memory://run or a path.
 
@@ -33,13 +43,8 @@ class FsspecStorage:
     """
 
     def __init__(self, remote_path: str) -> None:
-        import fsspec
-
         self.remote_path = remote_path.rstrip("/")
-        try:
-            self.fs, self.root = fsspec.core.url_to_fs(self.remote_path)
-        except (ImportError, ValueError) as error:
-            raise GemmateError(f"Cannot write to {remote_path}: {error}") from None
+        self.fs, self.root = reach(self.remote_path)
 
     def sync_to_storage(self, checkpoint: Checkpoint) -> None:
         """Copy a checkpoint there, its manifest last: what was cut off is not a checkpoint."""

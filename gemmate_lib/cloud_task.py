@@ -1,0 +1,117 @@
+"""What runs in the job: fetch what lies in the bucket, train, measure, bring the run back.
+
+`python -m gemmate_lib.cloud_task --experiment URL --out URL`, where the first names a folder with
+experiment.json, and the second is where the run is to be put. A job that was stopped is sent again
+as it was: it goes on from the checkpoints in the bucket.
+"""
+
+import argparse
+import json
+import os
+import sys
+import urllib.request
+from pathlib import Path
+
+from gemmate_lib.config import Experiment, GemmateError
+
+WORK = Path("/tmp/gemmate")  # the same in each attempt, for a checkpoint knows where its rows lay
+TOKEN = "GEMMATE_HF_TOKEN_SECRET"
+
+
+def main(arguments: list[str] | None = None, *, work: Path = WORK) -> None:
+    """Train as the arguments say."""
+    from gemmate_lib import machine
+
+    machine.quiet()
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--experiment", required=True, help="URL of a folder: experiment.json")
+    parser.add_argument("--out", required=True, help="URL of the folder for the run")
+    given = parser.parse_args(arguments)
+    fetch_token()
+    experiment = fetch_inputs(read_experiment(given.experiment), work)
+    train(experiment, given.out, work / "run")
+
+
+def read_experiment(url: str) -> Experiment:
+    """The experiment in a folder at a URL. Raises: GemmateError where there is none."""
+    from pydantic import ValidationError
+
+    from gemmate_lib.storage import reach
+
+    fs, root = reach(url)
+    try:
+        return Experiment.model_validate_json(fs.cat_file(f"{root}/experiment.json"))
+    except (OSError, ValidationError) as error:
+        problem = f"{url} holds no experiment.json that can be read: {error}"
+        raise GemmateError(f"{problem}. Send the job again.") from None
+
+
+def fetch_inputs(experiment: Experiment, work: Path) -> Experiment:
+    """The experiment with data and base from the bucket laid down here, each file checked."""
+    from gemmate_lib.transfer import download, only_file
+
+    def here(url: str, name: str) -> str:
+        return str(only_file(download(url, work / name)))
+
+    data = {
+        key: here(url, f"data-{key}")
+        for key in ("id", "train", "validation", "test")
+        if (url := getattr(experiment.dataset, key)) and "://" in url
+    }
+    model = experiment.model
+    base = {"id": here(model.id, "model")} if "://" in model.id else {}
+    changes = {"dataset": experiment.dataset.model_copy(update=data),
+               "model": model.model_copy(update=base)}  # fmt: skip
+    return experiment.model_copy(update=changes)
+
+
+def train(experiment: Experiment, url: str, folder: Path) -> None:
+    """Fine-tune, or go on with it, then measure, and copy the run to the bucket."""
+    from gemmate_lib.callbacks import Interrupted
+    from gemmate_lib.evaluate import evaluate_run
+    from gemmate_lib.sft import finetune_model
+    from gemmate_lib.transfer import upload
+
+    def report(record: dict[str, float]) -> None:
+        print(json.dumps(record), flush=True)
+
+    try:
+        run = finetune_model(experiment, out=folder, report=report, resume="last")
+    except Interrupted as stop:
+        print(f"{stop} The job goes on from there when it is started again.", flush=True)
+        raise SystemExit(stop.exit_code) from None
+    print("\n".join(evaluate_run(run).lines()), flush=True)
+    upload(run.directory, url)
+    print(f"the run lies at {url}", flush=True)
+
+
+def fetch_token() -> None:
+    """Put the Hub's token from Secret Manager into this process alone; it is written nowhere."""
+    if not (name := os.environ.get(TOKEN)):
+        return
+    import base64
+
+    import google.auth
+    from google.auth.transport.requests import Request
+
+    credentials, _ = google.auth.default(["https://www.googleapis.com/auth/cloud-platform"])
+    credentials.refresh(Request())
+    asked = urllib.request.Request(
+        f"https://secretmanager.googleapis.com/v1/{name}:access",
+        headers={"Authorization": f"Bearer {credentials.token}"},
+    )
+    try:
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            secret = json.load(answer)["payload"]["data"]
+    except OSError as error:
+        remedy = "Give the job's service account the role Secret Manager Secret Accessor"
+        raise GemmateError(f"{name} cannot be read: {error}. {remedy}.") from None
+    os.environ["HF_TOKEN"] = base64.b64decode(secret).decode().strip()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except GemmateError as error:
+        print(f"gemmate: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

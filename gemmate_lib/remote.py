@@ -1,0 +1,76 @@
+"""What a machine elsewhere must find of an experiment, and where it leaves what it makes."""
+
+import re
+from pathlib import Path
+
+from gemmate_lib.cards import card_paths
+from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
+from gemmate_lib.models import EMBEDDED
+
+_BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[^\s?#]*)?")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+GATED = re.compile(r"(google/(gemma|paligemma|medgemma)|meta-llama/)", re.IGNORECASE)
+
+
+def need(package: str, what: str) -> None:
+    """Raise GemmateError where a package of the extra `cloud` is not installed."""
+    from importlib.util import find_spec
+
+    try:
+        found = find_spec(package)
+    except ModuleNotFoundError:  # the package around it
+        found = None
+    if found is None:
+        remedy = 'Run pip install "gemmate-course[cloud]".'
+        raise GemmateError(f"{what} needs {package}, which is not installed. {remedy}")
+
+
+def check_bucket(url: str) -> str:
+    """A bucket's URL without the slash at its end. Raises: GemmateError for anything else."""
+    if not _BUCKET.fullmatch(url):
+        raise GemmateError(
+            f"{url!r} is no bucket. Give one as gs://my-bucket or gs://bucket/folder."
+        )
+    return url.rstrip("/")
+
+
+def home_in(bucket: str, experiment: Experiment) -> str:
+    """The folder of an experiment in a bucket: the same one when it is sent again."""
+    return f"{bucket}/gemmate/{experiment.name}-{experiment.hash()[:8]}"
+
+
+def refuse_local(experiment: Experiment) -> None:
+    """Raise GemmateError for data or a model that lie on this machine alone."""
+    data = experiment.dataset
+    for key in ("id", "train", "validation", "test"):
+        name = getattr(data, key)
+        if name and "://" not in name and name not in card_paths():
+            raise GemmateError(
+                f"dataset.{key} is {name}, which the job will not see. Copy it with "
+                f"`gemmate cloud upload {name} gs://BUCKET/data`, and set dataset to that URL."
+            )
+    model = experiment.model.id
+    known = model in EMBEDDED or "://" in model
+    if not known and (Path(model).exists() or not _HUB_ID.fullmatch(model)):
+        raise GemmateError(
+            f"model is {model}, which the job will not see. Copy it with "
+            f"`gemmate cloud upload {model} gs://BUCKET/model`, and set model to that URL."
+        )
+
+
+def needs_token(experiment: Experiment) -> bool:
+    """Whether the base lies behind a licence on the Hub."""
+    return bool(GATED.match(experiment.model.id))
+
+
+def for_the_cloud(experiment: Experiment, home: str) -> Experiment:
+    """The experiment as a job runs it: checkpoints go to the bucket, so that it can go on."""
+    keep, training = experiment.checkpoint, experiment.training
+    every = keep.save_every
+    if keep.save_strategy == "steps" and not every:
+        every = training.eval_every or max(1, min(100, training.max_steps // 10))
+    changes = {"remote_path": f"{home}/checkpoints", "save_every": every, "path": None,
+               "resume_option": "last", "sync_to_storage": True,
+               "load_from_storage": True}  # fmt: skip
+    kept = CheckpointConfig.model_validate(keep.model_dump() | changes)
+    return experiment.model_copy(update={"checkpoint": kept, "project_dir": None})

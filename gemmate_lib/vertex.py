@@ -1,0 +1,207 @@
+"""A training as a job of Vertex AI: built here, without network or account, sent when you say so.
+
+The job's specification is a plain dictionary: look at it, keep it, compare it. It holds no token:
+that of the Hub stays in Secret Manager, and the job itself fetches it from there.
+
+Old tutorials send pipelines by `kfp.v2.google.client.AIPlatformClient`, which no longer exists:
+`create_pipeline_job` makes a `google.cloud.aiplatform.PipelineJob` in its place.
+"""
+
+import json
+import re
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.prices import find_machine
+from gemmate_lib.remote import (
+    check_bucket,
+    for_the_cloud,
+    home_in,
+    need,
+    needs_token,
+    refuse_local,
+)
+
+if TYPE_CHECKING:
+    from google.cloud.aiplatform import CustomJob
+
+IMAGE = "python:3.12"  # it brings a compiler, which some kernels ask for; torch comes by the lock
+TASK = "gemmate_lib.cloud_task"
+TOKEN = "GEMMATE_HF_TOKEN_SECRET"  # names the secret; gemmate_lib/cloud_task.py reads it
+_SECRET = re.compile(r"projects/[\w-]+/secrets/[\w-]+/versions/\w+")
+# What runs in a plain image: the package, what it declares, then the training.
+UNPACK = ("set -e; mkdir -p /opt/gemmate; tar -xzf {package} -C /opt/gemmate; cd /opt/gemmate; "
+          'python -m pip install -q -r requirements.txt; exec python task.py "$@"')  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """A job that is ready to be sent, and what goes to the bucket before it."""
+
+    job: "CustomJob"
+    """What Vertex AI's client made of it."""
+    experiment: Experiment
+    """As the job will run it."""
+    home: str
+    """The job's folder in the bucket: what it reads, its checkpoints, its run."""
+    options: Mapping[str, Any]
+    """What the client is told only when the job is sent: account, time, provisioning."""
+    packaged: bool
+    """Whether the library goes along as a package."""
+    remarks: tuple[str, ...] = ()
+    """What to know, and what to mend, before it is sent."""
+
+    def specification(self) -> dict[str, Any]:
+        """What Vertex AI would be sent, as a plain dictionary."""
+        from google.cloud.aiplatform_v1.types import CustomJob, Scheduling
+        from google.protobuf.json_format import MessageToDict
+
+        message = CustomJob(self.job._gca_resource)
+        message.job_spec.service_account = self.options["service_account"] or ""
+        message.job_spec.scheduling = Scheduling(
+            timeout={"seconds": self.options["timeout"]} if self.options["timeout"] else None,
+            restart_job_on_worker_restart=self.options["restart_job_on_worker_restart"],
+            strategy=self.options["scheduling_strategy"],
+        )
+        return MessageToDict(CustomJob.pb(message))
+
+    def submit(self) -> str:
+        """Copy the files, send the job, and return its name; your own credentials are used.
+
+        Raises: GemmateError where the base needs a token, or there are no credentials.
+        """
+        from google.auth.exceptions import DefaultCredentialsError
+
+        if needs_token(self.experiment) and TOKEN not in json.dumps(self.specification()):
+            raise GemmateError(self.remarks[0])
+        try:
+            self.copy_files()
+            self.job.submit(**self.options)
+        except DefaultCredentialsError:
+            said = "There are no credentials for Google Cloud here"
+            remedy = "Make some: gcloud auth application-default login"
+            raise GemmateError(f"{said}. {remedy}") from None
+        return str(self.job.resource_name)
+
+    def copy_files(self) -> dict[str, str]:
+        """Put the experiment, and the package if there is one, into the job's folder."""
+        import tempfile
+
+        from gemmate_lib.packaged import build_package
+        from gemmate_lib.transfer import upload
+
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            content = self.experiment.model_dump_json(indent=1)
+            (folder / "experiment.json").write_text(content, "utf-8")
+            if self.packaged:
+                build_package(folder / "package.tar.gz")
+            return upload(folder, f"{self.home}/input")
+
+
+def create_training_job(
+    experiment: Experiment,
+    *,
+    project: str,
+    location: str,
+    staging_bucket: str,
+    machine_type: str = "g2-standard-8",
+    accelerator: str | None = None,
+    accelerator_count: int | None = None,
+    container: str | None = None,
+    service_account: str | None = None,
+    hf_token_secret: str | None = None,
+    max_hours: float | None = None,
+    spot: bool = False,
+    credentials: Any = None,
+) -> TrainingJob:
+    """Build the job of an experiment, here and now; nothing is sent before its `submit`.
+
+    accelerator, accelerator_count: the machine's own unless given, to be checked.
+    container: an image with this library in it; none: the library goes along as a package.
+    hf_token_secret: where the Hub's token lies, projects/P/secrets/NAME/versions/latest.
+    max_hours: after so long the job is ended; its checkpoints stay in the bucket. [hours]
+    spot: on machines that may be taken away; the job then goes on from its last checkpoint.
+    credentials: google.auth's; none: your own, looked for when the job is sent.
+    Raises: GemmateError for a machine without these GPUs, a region without the machine, a bucket
+        that is none, what lies on this machine alone, or the extra `cloud` missing.
+    """
+    need("google.cloud.aiplatform", "A job of Vertex AI")
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import aiplatform
+
+    bucket = check_bucket(staging_bucket)
+    row = find_machine(machine_type, accelerator, accelerator_count, region=location)
+    refuse_local(experiment)
+    _check_secret(hf_token_secret)
+    home = home_in(bucket, experiment)
+    chosen = for_the_cloud(experiment, home)
+    machine = {"machine_type": machine_type, "accelerator_type": row.accelerator,
+               "accelerator_count": row.count}  # fmt: skip
+    task = _task(home, container, processes=row.count)
+    task["env"] = [{"name": TOKEN, "value": hf_token_secret}] if hf_token_secret else []
+    pool = {"machine_spec": machine, "replica_count": 1, "container_spec": task}
+    job = aiplatform.CustomJob(
+        display_name=f"gemmate-{experiment.name}",
+        worker_pool_specs=[pool],
+        base_output_dir=home,
+        project=project,
+        location=location,
+        staging_bucket=bucket,
+        credentials=credentials or AnonymousCredentials(),
+        labels={"config": chosen.hash()},
+    )
+    options = _options(service_account, max_hours=max_hours, spot=spot)
+    remarks = _remarks(chosen, experiment, hf_token_secret)
+    return TrainingJob(job, chosen, home, options, container is None, remarks)
+
+
+def _options(account: str | None, *, max_hours: float | None, spot: bool) -> dict[str, Any]:
+    from google.cloud.aiplatform_v1.types import Scheduling
+
+    strategy = Scheduling.Strategy.SPOT if spot else Scheduling.Strategy.STANDARD
+    return {
+        "service_account": account,
+        "timeout": round(max_hours * 3600) if max_hours else None,
+        "restart_job_on_worker_restart": spot,
+        "scheduling_strategy": strategy,
+    }
+
+
+def _check_secret(secret: str | None) -> None:
+    if secret is not None and not _SECRET.fullmatch(secret):
+        problem = "hf_token_secret names a secret, and is not the token itself"
+        raise GemmateError(f"{problem}. Write projects/PROJECT/secrets/NAME/versions/latest.")
+
+
+def _task(home: str, container: str | None, *, processes: int) -> dict[str, Any]:
+    """Image, command and arguments of the training."""
+    words = ["--experiment", f"{home}/input", "--out", f"{home}/run"]
+    if container:
+        run = ["python", "-m", TASK]
+        if processes > 1:
+            run = ["torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", TASK]
+        return {"image_uri": container, "command": run, "args": words}
+    package = shlex.quote(home.replace("gs://", "/gcs/") + "/input/package.tar.gz")
+    script = UNPACK.format(package=package)
+    if processes > 1:
+        many = f"torchrun --standalone --nproc-per-node={processes} task.py"
+        script = script.replace("python task.py", many)
+    return {"image_uri": IMAGE, "command": ["sh", "-c", script, "task"], "args": words}
+
+
+def _remarks(chosen: Experiment, asked: Experiment, secret: str | None) -> tuple[str, ...]:
+    found = []
+    if needs_token(chosen) and not secret:
+        found.append(
+            f"{chosen.model.id} lies behind a licence on the Hub. Accept it at "
+            f"https://huggingface.co/{chosen.model.id}, keep a read token in Secret Manager, and "
+            "name it by hf_token_secret, or --hf-token-secret."
+        )
+    if (now := chosen.checkpoint.save_every) != asked.checkpoint.save_every:
+        found.append(f"checkpoint.save_every is {now} in the job, so that it can be gone on with.")
+    return tuple(found)

@@ -1,0 +1,51 @@
+"""The whole pipeline, on this machine: prepared, trained, measured, compared, published."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gemmate_lib.pipeline import Outcome, run_here
+from gemmate_lib.publish import last_logits, load_saved
+from gemmate_lib.sft import load_run, open_run
+
+pytestmark = pytest.mark.slow
+SHORT = ["training.max_steps=12", "training.eval_every=0", "training.batch_size=8"]
+
+
+def quotes(folder: Path) -> Path:
+    """A file of quotes; each author's read alike."""
+    rows = [
+        {"quote": f"The {i}th lantern stood near harbour {i * 7}, and {i * i} ships came by.",
+         "author": f"Author {i % 7}"}
+        for i in range(90)
+    ]  # fmt: skip
+    folder.mkdir(exist_ok=True)
+    (folder / "quotes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return folder / "quotes.jsonl"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Outcome:
+    folder = tmp_path_factory.mktemp("pipeline")
+    published = folder / "bucket"
+    return run_here(
+        quotes(folder), folder / "out", profile="tiny", settings=SHORT, limit=8,
+        published=f"file://{published}",
+    )  # fmt: skip
+
+
+def test_it_runs_to_its_end(whole: Outcome) -> None:
+    assert whole.verdict == "better" and whole.metrics["quote_perplexity"] > 1
+    assert "quote_nll decides: better" in whole.lines()
+    assert whole.deployed.startswith("dry run: nothing was deployed")
+    rows = [len((whole.folder / f"prepare/data/{s}.jsonl").read_text().splitlines())
+            for s in ("train", "validation", "test")]  # fmt: skip
+    assert sum(rows) <= 90 and min(rows) > 0
+
+
+def test_what_it_published_is_what_it_trained(whole: Outcome) -> None:
+    run = open_run(load_run(whole.folder / "train/run"))
+    out = load_saved(whole.folder.parents[1] / "bucket")
+    first, second = (last_logits(m.model, m.tokenizer, "Quote: The 3th") for m in (run, out))
+    assert first == second
