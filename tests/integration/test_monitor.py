@@ -101,11 +101,12 @@ def test_a_look_at_the_machine_once_a_second(
     assert run.curves["examples_per_second"] == [(4 * n, 24.0) for n in range(1, 11)]
     assert run.curves["step_seconds"][0] == (4, 0.25)
     assert watch.summary["tokens_per_second"] == 400.0 and watch.summary["rows_per_second"] == 24.0
+    (tmp_path / "no").mkdir()
     second = Monitor(tmp_path / "no", name="x", budget=Budget(BudgetConfig(), began=0.0))
     state.is_world_process_zero = False
     second.on_train_begin(args, state, None)
     second.on_log(args, state, None, logs={"loss": 1.0})
-    assert not (tmp_path / "no").exists()
+    assert not (tmp_path / "no" / JOURNAL).exists()
 
 
 def test_a_gpu_is_read_by_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
