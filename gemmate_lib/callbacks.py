@@ -15,7 +15,9 @@ import torch
 from transformers import TrainerCallback
 
 from gemmate_lib import checkpoints
+from gemmate_lib.budget import Budget
 from gemmate_lib.config import GemmateError
+from gemmate_lib.ranks import ALONE, Ranks
 from gemmate_lib.storage import Storage
 
 Report = Callable[[dict[str, float]], None]
@@ -33,7 +35,7 @@ class Interrupted(KeyboardInterrupt):
     """A run that was told to stop, and did so at the end of a step."""
 
     def __init__(self, number: int, step: int) -> None:
-        self.exit_code = 128 + number
+        self.exit_code, self.step = 128 + number, step
         name = signal.Signals(number).name
         super().__init__(f"{name}: stopped and saved after step {step}.")
 
@@ -145,6 +147,7 @@ class Checkpointing(TrainerCallback):
 
     keeping: Keeping
     stopping: "Stopping"
+    ranks: Ranks = ALONE
     metrics: dict[int, dict[str, float]] = field(default_factory=dict)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -169,7 +172,16 @@ class Checkpointing(TrainerCallback):
             control.should_save = whole
 
     def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Seal, copy, and remove what need not stay."""
+        """Seal, copy, and remove what need not stay: rank 0, once the others have written."""
+        self.ranks.wait()
+        if self.ranks.first:
+            self._keep(args, state)
+        self.ranks.wait()
+        if state.best_global_step == state.global_step:
+            best = self.keeping.folder / checkpoints.name_of(state.global_step)
+            state.best_model_checkpoint = str(best)
+
+    def _keep(self, args: Any, state: Any) -> None:
         keep, name = self.keeping, checkpoints.name_of(state.global_step)
         record = {
             "step": state.global_step,
@@ -177,13 +189,13 @@ class Checkpointing(TrainerCallback):
             "identity": keep.identity,
             "optimizer": keep.optimizer,
         }
+        if self.stopping.budget:
+            record["spent_hours"] = self.stopping.budget.spent
         made = checkpoints.seal(Path(args.output_dir) / name, keep.folder, record)
-        if state.best_global_step == state.global_step:
-            state.best_model_checkpoint = str(made.path)
         with self._copying(name):
             if keep.storage:
                 keep.storage.sync_to_storage(made)
-        if self.stopping.number:  # it is what the run goes on from
+        if self.stopping.asked:  # it is what the run goes on from
             return
         gone = checkpoints.prune(
             keep.folder, keep_last_n=keep.keep_last_n, keep_best_n=keep.keep_best_n,
@@ -205,10 +217,29 @@ class Checkpointing(TrainerCallback):
 
 
 class Stopping(TrainerCallback):
-    """Turns SIGTERM and SIGINT into a checkpoint at the end of the step; a second one is obeyed."""
+    """Turns SIGTERM and SIGINT into a checkpoint at the end of the step; a second one is obeyed.
 
-    def __init__(self) -> None:
-        self.number = 0
+    budget: ends the run in the same way once it is spent.
+    """
+
+    def __init__(self, budget: Budget | None = None, ranks: Ranks = ALONE) -> None:
+        self.budget, self.ranks, self._told, self._agreed = budget, ranks, 0, 0
+        self.by_budget = False  # once it has stopped the run
+
+    @property
+    def number(self) -> int:
+        """The signal that ends the run, 0 for none; several ranks must have agreed on it."""
+        return max(0, self._agreed) if self.ranks.several else self._told
+
+    @property
+    def asked(self) -> bool:
+        """Whether the run is to stop."""
+        return bool(self._agreed if self.ranks.several else self._wish)
+
+    @property
+    def _wish(self) -> int:
+        """The signal that came to this rank, or -1 where its budget is spent, or 0."""
+        return self._told or -int(self.budget is not None and self.budget.over)
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -224,7 +255,7 @@ class Stopping(TrainerCallback):
                 signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.number = number
+        self._told = number
         signal.signal(number, signal.SIG_DFL)  # the second one ends the process at once
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
@@ -238,5 +269,9 @@ class Stopping(TrainerCallback):
             self._stop(state, control)
 
     def _stop(self, state: Any, control: Any) -> None:
-        if self.number and state.global_step < state.max_steps:
+        # It may have reached one of them a step before another, and no two clocks are alike.
+        wishes = self.ranks.gather(self._wish)
+        self._agreed = max(wishes) or min(wishes)
+        if self._agreed and state.global_step < state.max_steps:
+            self.by_budget = self._agreed < 0
             control.should_save = control.should_training_stop = True

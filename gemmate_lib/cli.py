@@ -9,6 +9,7 @@ import gemmate_lib.cli_quality  # noqa: F401  (its commands stand beside those o
 from gemmate_lib.cli_cloud import cloud_app
 from gemmate_lib.cli_continual import continual
 from gemmate_lib.cli_methods import methods
+from gemmate_lib.cli_monitor import monitor_app
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
 from gemmate_lib.cli_shipped import (
@@ -29,6 +30,7 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
 )
 app.add_typer(runs_app)
+app.add_typer(monitor_app)
 app.command()(search)
 app.command()(continual)
 app.add_typer(tiny_app, name="tiny")
@@ -122,6 +124,7 @@ def finetune(
     if explain:
         typer.echo(str(resolved.table()))
     typer.echo(f"profile {resolved.experiment.profile}: {resolved.reasons['profile']}")
+    from gemmate_lib.budget import Spent
     from gemmate_lib.callbacks import Interrupted
     from gemmate_lib.evaluate import evaluate_run
     from gemmate_lib.sft import check_new, finetune_model, home_of, load_splits
@@ -138,6 +141,9 @@ def finetune(
         )  # fmt: skip
     except Interrupted as stop:
         typer.echo(f"gemmate: {stop} Go on with --resume last.", err=True)
+        raise typer.Exit(stop.exit_code) from None
+    except Spent as stop:
+        typer.echo(f"gemmate: {stop}", err=True)
         raise typer.Exit(stop.exit_code) from None
     seconds = run.manifest["timings"]["train"]
     if begun := run.manifest.get("resumed"):

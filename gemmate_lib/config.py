@@ -24,6 +24,7 @@ from gemmate_lib.keys import (  # noqa: F401  (names and models belong to this i
     read_setting,
 )
 from gemmate_lib.settings import (  # noqa: F401
+    BudgetConfig,
     CheckpointConfig,
     DatasetConfig,
     Experiment,

@@ -76,6 +76,7 @@ def write_manifest(
     metrics: Mapping[str, Any],
     timings: Mapping[str, Any],
     resumed: Mapping[str, Any] | None = None,
+    processes: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write manifest.json, whole or not at all. Raises: GemmateError for a number not finite."""
     lock, path = lock_file(), Path(directory) / "manifest.json"
@@ -90,6 +91,7 @@ def write_manifest(
         "lock_sha256": file_sha256(lock) if lock else None,
     } | {"machine": facts, "data": data, "base": base, "metrics": metrics, "timings": timings}
     record |= {"resumed": resumed} if resumed else {}
+    record |= {"processes": processes} if processes else {}
     try:
         text = json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False, default=float)
     except ValueError as error:

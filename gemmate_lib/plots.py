@@ -1,11 +1,13 @@
 """Figures for the notebooks: one style, and no figure without alt text."""
 
+import base64
 import logging
 import os
 import re
+import warnings
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.config import GemmateError
 from gemmate_lib.trust import inside
@@ -59,3 +61,22 @@ def show(figure: "Figure", alt: str, name: str | None = None) -> None:
     if name and (folder := os.environ.get("GEMMATE_FIGURES")):
         Path(folder).mkdir(parents=True, exist_ok=True)
         inside(Path(folder), f"{name}.png").write_bytes(png.getvalue())
+
+
+def embedded(parts: list[Any], alt: str) -> dict[str, str]:
+    """A figure for a page: `source`, a data URL, and `alt`. Each part draws on its own axes."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    png = BytesIO()
+    with mpl.rc_context(), warnings.catch_warnings():
+        style()
+        figure = Figure(figsize=(8, 3.2))
+        for axes, draw in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+            draw(axes)
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font has not every script
+        figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
+    return {
+        "source": f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}",
+        "alt": alt,
+    }

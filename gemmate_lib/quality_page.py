@@ -3,12 +3,9 @@
 No text of a data set is trusted: it is escaped, and what looks like personal data left out.
 """
 
-import base64
 import os
 import re
-import warnings
 from collections.abc import Iterable, Iterator
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +15,7 @@ from gemmate_lib.cards import card_checksum, features_of, read_card
 from gemmate_lib.config import DatasetConfig, GemmateError
 from gemmate_lib.data import read_tables
 from gemmate_lib.patterns import redact
-from gemmate_lib.plots import style
+from gemmate_lib.plots import embedded
 from gemmate_lib.quality import Quality
 from gemmate_lib.report import render_page
 from gemmate_lib.verdicts import findings
@@ -78,7 +75,7 @@ def _groups(quality: Quality) -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 def figures(quality: Quality) -> Iterator[dict[str, str]]:
     """Yield each plot as a data URL with its description."""
-    yield _figure(
+    yield embedded(
         [lambda axes: _histogram(axes, quality.characters, "characters"),
          lambda axes: _histogram(axes, quality.tokens, "tokens")],
         "How long the rows are, in characters and in tokens; the dashed line is the median.",
@@ -86,33 +83,15 @@ def figures(quality: Quality) -> Iterator[dict[str, str]]:
     if quality.balance:
         names = [redact(name) for name in list(quality.balance)[:20]]
         rows = list(quality.balance.values())[:20]
-        yield _figure([lambda axes: _bars(axes, names, rows)], "How many rows each class has.")
+        yield embedded([lambda axes: _bars(axes, names, rows)], "How many rows each class has.")
     if quality.topics:
         names = [", ".join(topic.words[:3]) for topic in quality.topics]
         rows = [topic.rows for topic in quality.topics]
-        yield _figure([lambda axes: _bars(axes, names, rows)], "How many rows each topic has.")
+        yield embedded([lambda axes: _bars(axes, names, rows)], "How many rows each topic has.")
     if quality.near:
         values = [pair.jaccard for pair in quality.near]
         text = "How alike the pairs of near duplicates are."
-        yield _figure([lambda axes: _histogram(axes, values, "Jaccard similarity")], text)
-
-
-def _figure(parts: list[Any], alt: str) -> dict[str, str]:
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    png = BytesIO()
-    with mpl.rc_context(), warnings.catch_warnings():
-        style()
-        figure = Figure(figsize=(8, 3.2))
-        for axes, draw in zip(figure.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
-            draw(axes)
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # the font has not every script
-        figure.savefig(png, format="png", dpi=110, metadata={"Software": None})
-    return {
-        "source": f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}",
-        "alt": alt,
-    }
+        yield embedded([lambda axes: _histogram(axes, values, "Jaccard similarity")], text)
 
 
 def _histogram(axes: "Axes", values: list[Any], unit: str) -> None:

@@ -13,17 +13,20 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gemmate_lib import checkpoints
-from gemmate_lib.callbacks import Keeping
+from gemmate_lib.budget import Spent
+from gemmate_lib.callbacks import Interrupted, Keeping
 from gemmate_lib.config import Experiment, GemmateError, flatten
+from gemmate_lib.journal import JOURNAL, Journal
 from gemmate_lib.manifest import package_versions
+from gemmate_lib.ranks import ALONE, Ranks
 from gemmate_lib.storage import FsspecStorage
 
 log = logging.getLogger("gemmate")
 FOLDER, MARK = "checkpoints", ".unfinished"  # the mark is locked while a process writes the run
 # Settings that decide what is kept, said or done afterwards, and not what is computed.
 WITHOUT_EFFECT = {
-    "name", "profile", "project_dir", "training.recipe", "checkpoint", "tracking", "generation",
-    "search",
+    "name", "profile", "project_dir", "training.recipe", "checkpoint", "budget", "tracking",
+    "generation", "search",
 }  # fmt: skip
 OPTIMIZER = "checkpoint.save_optim"  # what to allow in order to go on without its state
 
@@ -32,9 +35,15 @@ _FULL = re.compile(r"No space left|File too large|os error (27|28)\b|failed writ
 
 
 def identity_of(
-    experiment: Experiment, checksums: Mapping[str, Any], base: Mapping[str, Any]
+    experiment: Experiment,
+    checksums: Mapping[str, Any],
+    base: Mapping[str, Any],
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
-    """All that decides the result of a run, by key: settings, rows, base weights, packages."""
+    """All that decides the result of a run, by key: settings, rows, base weights, packages.
+
+    How many processes shared the batches does so only where dropout draws on each of them.
+    """
     settings = json.loads(json.dumps(flatten(experiment)))  # as a manifest has them
     found = {
         key: value
@@ -43,6 +52,8 @@ def identity_of(
     }
     found |= {f"rows.{split}": digest for split, digest in checksums.items()}
     found["base.weights_sha256"] = base["weights_sha256"]
+    if ranks.several and experiment.lora.dropout:
+        found["processes"] = ranks.world
     return found | {f"package.{name}": version for name, version in package_versions().items()}
 
 
@@ -78,13 +89,29 @@ def check_new(out: Path, *, resume: str | None = None) -> None:
 
 
 @contextlib.contextmanager
-def work_in(out: Path) -> Iterator[Path]:
-    """The folder of a run, ours alone; gone again on a failure, but for its checkpoints."""
+def work_in(out: Path, ranks: Ranks = ALONE) -> Iterator[Path]:
+    """The folder of a run, ours alone; gone again on a failure, but for its checkpoints.
+
+    Of several ranks the first one owns it; it is left when every rank is done.
+    """
+    try:
+        with _owned(out) if ranks.first else contextlib.nullcontext():
+            if ranks.several:
+                ranks.share(out)
+            yield out
+    except (Interrupted, Spent):
+        ranks.wait()  # who ends before the first one is done has it ended, too
+        raise
+    ranks.wait()
+
+
+@contextlib.contextmanager
+def _owned(out: Path) -> Iterator[None]:
     out.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(out / MARK, timeout=0):
             _leave_checkpoints(out)  # what a killed process left half done
-            yield out
+            yield
     except Timeout:
         raise GemmateError(f"{out} exists: another process is writing it. Wait for it.") from None
     except BaseException as error:
@@ -100,7 +127,7 @@ def work_in(out: Path) -> Iterator[Path]:
 
 def _leave_checkpoints(out: Path) -> None:
     for path in out.iterdir():
-        if path.name in (FOLDER, MARK):
+        if path.name in (FOLDER, MARK, JOURNAL):  # what is left is still to be seen, and paid
             continue
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -144,6 +171,16 @@ def find_start(
                            "each with --allow-changed KEY.")  # fmt: skip
     kept = {key: list(both) for key, both in changed.items()}
     return Start(found.checkpoint.path, found.checkpoint.step, found.skipped, kept)
+
+
+def hours_spent(out: Path, start: Start) -> float:
+    """Hours that earlier processes spent on a run: by its checkpoint, or by its journal if more.
+
+    A process that was killed spent more than its last checkpoint knows; a checkpoint that was
+    fetched from a storage comes without a journal.
+    """
+    record = checkpoints.read(start.path).manifest if start.path else {}
+    return max(float(record.get("spent_hours", 0.0)), Journal(out).update().spent)
 
 
 def fetch(storage: FsspecStorage, folder: Path) -> None:

@@ -273,6 +273,30 @@ class CheckpointConfig(Settings):
         return self
 
 
+class BudgetConfig(Settings):
+    """What ends a run early, saved and ready to go on; nothing here changes what it computes."""
+
+    max_hours: Annotated[float, Field(gt=0)] | None = None
+    """End a run after so long, its loading and what was spent before a resume included. [hours]"""
+    max_cost: Annotated[float, Field(gt=0)] | None = None
+    """End a run when so much is spent, at price_per_hour. [USD]"""
+    price_per_hour: Annotated[float, Field(gt=0)] | None = None
+    """What the machine costs. [USD per hour]"""
+
+    @property
+    def hours(self) -> float | None:
+        """What both limits come to; None: there is none."""
+        bought = self.max_cost / self.price_per_hour if self.max_cost and self.price_per_hour else 0
+        return min((each for each in (self.max_hours, bought) if each), default=None)
+
+    @model_validator(mode="after")
+    def _has_a_price(self) -> "BudgetConfig":
+        if self.max_cost and not self.price_per_hour:
+            remedy = "Set budget.price_per_hour to what the machine costs, in USD"
+            raise GemmateError(f"budget.max_cost says nothing without a price. {remedy}.")
+        return self
+
+
 class TrackingConfig(Settings):
     """Who is told of the run while it trains; nothing here changes what it computes."""
 
@@ -290,6 +314,8 @@ class TrackingConfig(Settings):
     """Between what watch_mode asks for. [optimizer steps]"""
     upload_model: bool = False
     """Hand what was trained to the tracker at the end."""
+    cloud_monitoring: str | None = None
+    """The Google Cloud project whose Cloud Monitoring gets the curves; none: told nothing."""
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "WARNING"
     """Messages of the library and of the Trainer below this are not printed."""
 
@@ -397,6 +423,7 @@ class Experiment(Settings):
     prompt: PromptSettings = PromptSettings()
     training: TrainingConfig = TrainingConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    budget: BudgetConfig = BudgetConfig()
     tracking: TrackingConfig = TrackingConfig()
     generation: GenerationSettings = GenerationSettings()
     search: SearchConfig = SearchConfig()

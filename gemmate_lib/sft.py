@@ -20,13 +20,18 @@ from filelock import FileLock
 
 from gemmate_lib import machine
 from gemmate_lib.adapters import load_adapter, save_adapter
-from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.budget import Budget, refuse_budget
+from gemmate_lib.cloud_metrics import check_cloud
+from gemmate_lib.config import BudgetConfig, Experiment, GemmateError
 from gemmate_lib.data import Splits, load_dataset_splits
 from gemmate_lib.manifest import package_versions, read_manifest, write_manifest
 from gemmate_lib.methods import METHODS, attach, check_method
 from gemmate_lib.models import LoadedModel, base_record, load_base, load_tokenizer
-from gemmate_lib.resume import check_new, find_start, identity_of, keeping_for, work_in
+from gemmate_lib.monitor import Monitor
+from gemmate_lib.ranks import Ranks, join
+from gemmate_lib.resume import check_new, find_start, hours_spent, identity_of, keeping_for, work_in
 from gemmate_lib.settings import digest
+from gemmate_lib.sharing import SAME, shares
 from gemmate_lib.tracking import check_tracker
 from gemmate_lib.trainer import Report, train
 from gemmate_lib.trust import experiment_of
@@ -96,8 +101,9 @@ def code_hash() -> str:
 
 def run_key(experiment: Experiment, splits: Splits) -> str:
     """12 hexadecimal digits over all that decides the result of a run."""
+    unlimited = experiment.model_copy(update={"budget": BudgetConfig()})
     parts = {
-        "experiment": experiment.hash(),
+        "experiment": unlimited.hash(),  # with a larger budget the same run goes on
         "rows": splits.checksums(),
         "base": base_record(experiment.model),
         "packages": package_versions(),
@@ -151,44 +157,47 @@ def finetune_model(
     resume: go on from a checkpoint: `last`, `best`, or its path; from the start if there is none.
     allow_changed: keys that may differ from those of the checkpoint.
     Raises: GemmateError for a folder that exists, rows that cannot be trained on, a loss,
-        gradient or parameter that is no longer finite, or a checkpoint of another run.
+        gradient or parameter that is no longer finite, or a checkpoint of another run; Spent at
+        the end of its budget.
     """
     out, began = Path(out), time.perf_counter()
     check_method(experiment)
     resume = resume or experiment.checkpoint.resume
-    check_new(out, resume=resume)
+    ranks = join(experiment.model.device)
+    if ranks.first:  # the others may come when it is there
+        check_new(out, resume=resume)
     check_tracker(experiment.tracking)
+    check_cloud(experiment.tracking)
+    soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
+    if soft:
+        refuse_budget(experiment, f"The method {experiment.method}, which has no checkpoints,")
     _prepare(experiment)
     splits = splits or load_splits(experiment)
     base = load_base(experiment.model)
-    identity = identity_of(experiment, splits.checksums(), base.base)
-    with work_in(out) as folder:
+    identity = identity_of(experiment, splits.checksums(), base.base, ranks)
+    _agree(ranks, identity, experiment)
+    with work_in(out, ranks) as folder:
         start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
+        before = ranks.gather(hours_spent(out, start) if resume else 0.0)[0]
+        budget = Budget(experiment.budget, began=began, before=before)
+        budget.check()
+        monitor = Monitor(folder, name=experiment.name, budget=budget, fresh=not resume)
         model = attach(base.model, experiment)
-        soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
         loaded = time.perf_counter()
-        log = train(
-            model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
-            keeping=None if soft else keeping_for(experiment, out, identity),
-            resume_from=start.path,
-        )  # fmt: skip
-        trained = time.perf_counter()
-        _save(model, base, folder, experiment)
-        if experiment.tracking.tracker == "none":  # others write into it
-            shutil.rmtree(folder / "trainer", ignore_errors=True)
-        lines = (json.dumps(record) + "\n" for record in log)
-        (folder / "log.jsonl").write_text("".join(lines), "utf-8")
-        write_manifest(
-            folder,
-            kind="sft",
-            experiment=experiment,
-            facts=machine.describe(),
-            data=splits.report.as_dict() | {"checksums": splits.checksums()},
-            base=base.base,
-            metrics=_summary(log),
-            timings={"load": loaded - began, "train": trained - loaded},
-            resumed=start.as_dict(),
-        )
+        with monitor.watching():
+            log = train(
+                model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
+                keeping=None if soft else keeping_for(experiment, out, identity),
+                resume_from=start.path, ranks=ranks, budget=budget, monitor=monitor,
+            )  # fmt: skip
+        if ranks.first:
+            _save(model, base, folder, experiment)
+            taken = {"load": loaded - began, "train": time.perf_counter() - loaded}
+            _record(
+                folder, experiment, splits, base, log,
+                timings=taken | {"hours": budget.spent} | monitor.summary,
+                resumed=start.as_dict(), processes=_processes(experiment, ranks),
+            )  # fmt: skip
     return Run(out, experiment, read_manifest(out), found=False)
 
 
@@ -196,6 +205,48 @@ def _prepare(experiment: Experiment) -> None:
     machine.speak(experiment.tracking.log_level)
     deterministic = experiment.deterministic
     machine.prepare(seed=experiment.seed, threads=experiment.threads, deterministic=deterministic)
+
+
+def _agree(ranks: Ranks, identity: dict[str, Any], experiment: Experiment) -> None:
+    """Raise GemmateError where a rank would train another run, naming it and what differs."""
+    facts = machine.describe()
+    here = {"machine." + key: facts[key] for key in ("device", "platform", "python")}
+    ranks.agree(identity | {"code": code_hash(), "experiment": experiment.hash()} | here, SAME)
+
+
+def _processes(experiment: Experiment, ranks: Ranks) -> dict[str, Any] | None:
+    """For the manifest: how many trained, and what each of them took; None for one alone."""
+    if not ranks.several:
+        return None
+    settings = experiment.training
+    rows, batches = shares(settings.batch_size, settings.gradient_accumulation_steps, ranks.world)
+    held = {"world": ranks.world, "strategy": ranks.strategy, "backend": ranks.backend}
+    return held | {"rows_at_a_time": rows, "batches_to_a_step": batches}
+
+
+def _record(
+    folder: Path,
+    experiment: Experiment,
+    splits: Splits,
+    base: LoadedModel,
+    log: list[dict[str, float]],
+    **told: Any,
+) -> None:
+    """Write the log and, last of all, the manifest."""
+    if experiment.tracking.tracker == "none":  # others write into it
+        shutil.rmtree(folder / "trainer", ignore_errors=True)
+    lines = (json.dumps(record) + "\n" for record in log)
+    (folder / "log.jsonl").write_text("".join(lines), "utf-8")
+    write_manifest(
+        folder,
+        kind="sft",
+        experiment=experiment,
+        facts=machine.describe(),
+        data=splits.report.as_dict() | {"checksums": splits.checksums()},
+        base=base.base,
+        metrics=_summary(log),
+        **told,
+    )
 
 
 def _save(model: Any, base: LoadedModel, folder: Path, experiment: Experiment) -> None:

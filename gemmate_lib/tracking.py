@@ -37,6 +37,7 @@ class Tracking:
     def __init__(self, callback: Any, settings: TrackingConfig) -> None:
         self._callback, self._settings = callback, settings
         self._lengths: dict[str, float] = {}
+        self.more: Callable[[], dict[str, float]] = dict  # what else is told with a record
 
     def __getattr__(self, event: str) -> Callable[..., None]:
         """The events of a callback, `on_log` and so on, as the trainer calls them."""
@@ -51,7 +52,7 @@ class Tracking:
 
     def on_log(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Tell one record of the log, and what was measured in its step."""
-        logs = (given.pop("logs", None) or {}) | self._lengths
+        logs = (given.pop("logs", None) or {}) | self._lengths | self.more()
         self._lengths = {}
         self._tell("on_log", args, state, control, logs=logs, **given)
 
@@ -119,15 +120,17 @@ def check_tracker(settings: TrackingConfig) -> None:
 
 
 @contextlib.contextmanager
-def tracking(experiment: Experiment) -> Iterator[Tracking | None]:
+def tracking(experiment: Experiment, *, first: bool = True) -> Iterator[Tracking | None]:
     """What to add to a trainer's callbacks; None where no tracker is asked for.
+
+    first: whether this is the process, of several, that tells.
 
     Trackers that would go online by default, W&B, stay offline unless WANDB_MODE says otherwise.
     Raises: GemmateError as `check_tracker` does.
     """
     settings = experiment.tracking
     check_tracker(settings)
-    if settings.tracker == "none":
+    if settings.tracker == "none" or not first:
         yield None
         return
     from transformers.integrations import INTEGRATION_TO_CALLBACK

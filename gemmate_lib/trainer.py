@@ -10,6 +10,7 @@ from typing import Any
 from transformers import EarlyStoppingCallback, PrinterCallback, TrainerState
 
 from gemmate_lib import machine
+from gemmate_lib.budget import Budget, refuse_budget
 from gemmate_lib.callbacks import (
     KEPT,
     Checkpointing,
@@ -21,10 +22,14 @@ from gemmate_lib.callbacks import (
     Watch,
 )
 from gemmate_lib.checkpoints import name_of, verify
+from gemmate_lib.cloud_metrics import cloud_metrics
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.data import Row, Splits, encode
 from gemmate_lib.memory import said_in_numbers
+from gemmate_lib.monitor import Monitor
+from gemmate_lib.ranks import ALONE, Ranks
 from gemmate_lib.sampling import ByLength
+from gemmate_lib.sharing import Together, share_rows, shares
 from gemmate_lib.temporal.collate import collator_for
 from gemmate_lib.tracking import tracking
 
@@ -67,23 +72,37 @@ def train(
     collator: Any = None,
     keeping: Keeping | None = None,
     resume_from: Path | None = None,
+    ranks: Ranks = ALONE,
+    budget: Budget | None = None,
+    monitor: Monitor | None = None,
 ) -> list[dict[str, float]]:
     """Train `model` in place with TRL; return the log, one record a step or evaluation.
 
     keeping: where checkpoints go and which of them stay; None: none are written.
     resume_from: a checkpoint that has been verified, to go on from.
+    ranks: the processes that share each batch; only the first one reports.
+    monitor: writes the run's journal, and tells trackers what is used.
     Raises: GemmateError where a time-aware model has rows without times, or the reverse; Diverged
-        for a number that is not finite; Interrupted after SIGTERM or SIGINT, once it has saved.
+        for a number that is not finite; Interrupted after SIGTERM or SIGINT, and Spent at the end
+        of the budget, once it has saved.
     """
-    stopping = Stopping()
-    with _known_training_warnings(), tracking(experiment) as tracker:
-        trainer = _build(model, tokenizer, splits, experiment, directory, collator=collator)
+    if budget is None:
+        refuse_budget(experiment, "A training of several parts")
+    stopping = Stopping(budget, ranks)
+    with _known_training_warnings(), tracking(experiment, first=ranks.first) as tracker:
+        trainer = _build(
+            model, tokenizer, splits, experiment, directory, collator=collator, ranks=ranks
+        )
         rows = None
         if not experiment.training.packing:
-            held = 2 * experiment.training.gradient_accumulation_steps + 2
+            held = 2 * trainer.args.gradient_accumulation_steps + 2
             rows = trainer.data_collator = RowsOf(trainer.data_collator, keep=held)
-        kept = [stopping, Checkpointing(keeping, stopping)] if keeping else []
-        for callback in [tracker, Watch(report, rows), *kept]:
+        kept = [stopping, Checkpointing(keeping, stopping, ranks)] if keeping else []
+        watch = Watch(report if ranks.first else None, rows)
+        if tracker and monitor:
+            tracker.more = monitor.told
+        cloud = cloud_metrics(experiment, monitor)
+        for callback in [budget, monitor, tracker, cloud, watch, *kept]:
             if callback is not None:
                 trainer.add_callback(callback)
         listening = stopping.listening() if keeping else contextlib.nullcontext()
@@ -92,6 +111,8 @@ def train(
                 trainer.train(resume_from_checkpoint=str(resume_from) if resume_from else None)
     if stopping.number and trainer.state.global_step < trainer.state.max_steps:
         raise Interrupted(stopping.number, trainer.state.global_step)
+    if stopping.by_budget and budget:
+        raise budget.stopped(trainer.state.global_step, trainer.state.max_steps)
     history = [
         {"step": r["step"]} | {k: r[k] for k in KEPT if k in r} for r in trainer.state.log_history
     ]
@@ -126,6 +147,7 @@ def _build(
     directory: Path,
     *,
     collator: Any,
+    ranks: Ranks,
 ) -> Any:
     from trl import SFTTrainer
 
@@ -135,7 +157,7 @@ def _build(
     stops = [EarlyStoppingCallback(training.early_stopping_patience)]
     trainer = SFTTrainer(
         model=model,
-        args=_arguments(experiment, directory, evaluate=wants_eval),
+        args=_arguments(experiment, directory, evaluate=wants_eval, ranks=ranks),
         train_dataset=tokens(splits.train, over_long=data.over_long, numbered=not training.packing),
         eval_dataset=tokens(splits.validation, over_long=data.over_long) if wants_eval else None,
         processing_class=tokenizer,
@@ -143,6 +165,7 @@ def _build(
         callbacks=stops if training.stops_early else None,
     )
     trainer.remove_callback(PrinterCallback)
+    sampler = None
     if training.group_by_length:
         sampler = ByLength(
             [len(ids) for ids in trainer.train_dataset["input_ids"]],
@@ -150,6 +173,9 @@ def _build(
             seed=experiment.seed,
         )
         trainer._get_train_sampler = lambda *_: sampler
+    if ranks.several:
+        share_rows(trainer, ranks, seed=experiment.seed, order=sampler)
+        trainer.add_callback(Together(trainer, ranks))
     # TRL casts every trainable parameter of a quantized model to bf16, which a T4 lacks and
     # a resumed run does not repeat: back to fp32.
     for parameter in model.parameters():
@@ -158,10 +184,11 @@ def _build(
     return trainer
 
 
-def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool) -> Any:
+def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool, ranks: Ranks) -> Any:
     from trl import SFTConfig
 
     settings, keep, model = experiment.training, experiment.checkpoint, experiment.model
+    rows, batches = shares(settings.batch_size, settings.gradient_accumulation_steps, ranks.world)
     stops_early = evaluate and settings.stops_early
     every = keep.save_every or (settings.eval_every if stops_early else 0)
     saves = keep.save_strategy if every or keep.save_strategy == "epoch" else "no"
@@ -170,9 +197,10 @@ def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool) -> An
     )
     return SFTConfig(
         output_dir=str(directory),
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=rows,
         per_device_eval_batch_size=max(settings.batch_size, 16),
-        gradient_accumulation_steps=settings.gradient_accumulation_steps,
+        gradient_accumulation_steps=batches,
+        ddp_find_unused_parameters=False,
         max_steps=settings.max_steps,
         num_train_epochs=settings.num_epochs,
         learning_rate=settings.learning_rate,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from gemmate_lib.budget import refuse_budget
 from gemmate_lib.callbacks import Diverged
 from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
 from gemmate_lib.crew import REASON
@@ -130,6 +131,7 @@ def prepare(experiment: Experiment) -> tuple[Experiment, Splits]:
 
     Raises: GemmateError where Optuna is missing, or a trial would have no validation loss.
     """
+    refuse_budget(experiment, "A search")
     if importlib.util.find_spec("optuna") is None:
         remedy = 'pip install "gemmate-course[search]"'
         raise GemmateError(f"A search needs Optuna, which is not installed. Run {remedy}.")

@@ -121,7 +121,7 @@ def test_a_disk_that_fills(whole: Run, tmp_path: Path, note: Note) -> None:
     )  # fmt: skip
     assert done.returncode == 2 and "There is no room to write run" in done.stderr, done.stderr
     left = tmp_path / "run"
-    assert {path.name for path in left.iterdir()} == {"checkpoints", ".unfinished"}
+    assert {path.name for path in left.iterdir()} == {"checkpoints", ".unfinished", "monitor.jsonl"}
     assert checkpoints.verify(left / "checkpoints" / "checkpoint-3").step == 3
     assert len(checkpoints.paths(left / "checkpoints")) == 1
     note("the disk fills in a save", "stops; older checkpoints whole, no half one", done.stderr)
