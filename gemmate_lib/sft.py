@@ -164,9 +164,10 @@ def finetune_model(
     check_tracker(experiment.tracking)
     _prepare(experiment)
     splits = splits or load_splits(experiment)
-    base = load_base(experiment.model)
-    identity = identity_of(experiment, splits.checksums(), base.base, ranks)
+    record = base_record(experiment.model)
+    identity = identity_of(experiment, splits.checksums(), record, ranks)
     _agree(ranks, identity, experiment)
+    base = load_base(experiment.model)
     with work_in(out, ranks) as folder:
         start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
         model = attach(base.model, experiment)
