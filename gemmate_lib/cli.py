@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import gemmate_lib.cli_quality  # noqa: F401  (its commands stand beside those of cli_shipped)
+from gemmate_lib.cli_cloud import cloud_app
 from gemmate_lib.cli_continual import continual
 from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_monitor import monitor_app
@@ -35,6 +36,7 @@ app.command()(continual)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
+app.add_typer(cloud_app, name="cloud")
 app.command("methods")(methods)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     bench

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -45,7 +45,7 @@ class Machine(BaseModel):
     usd_spot: Annotated[float, Field(gt=0)] | None
     """An hour that may be taken away at any time."""
     as_of: date
-    """When the price was looked up."""
+    """The day that the prices are of."""
     regions: tuple[str, ...]
     """Where there is one."""
 
@@ -123,13 +123,19 @@ class Estimate:
         price = self.machine.price(spot=spot)
         return None if price is None else (price * self.hours[0], price * self.hours[1])
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        costs = {"usd": self.usd(spot=False), "usd_spot": self.usd(spot=True)}
+        own = {"profile": self.profile, "gib": self.gib, "hours": self.hours}
+        return self.machine.model_dump(mode="json", exclude={"regions"}) | own | costs
+
     def line(self) -> str:
         """Return it as a row of a table."""
         row = self.machine
         costs = [self.usd(spot=spot) for spot in (False, True)]
         demand, spot = ("-" if c is None else f"{c[0]:.2f} to {c[1]:.2f}" for c in costs)
         hours = f"{self.hours[0]:.2f} to {self.hours[1]:.2f}"
-        stale = f"  price of {row.as_of}: old" * row.stale()
+        stale = f"  (price of {row.as_of})" * row.stale()
         return (f"{row.machine:<15}{row.count} x {row.accelerator:<19}{self.profile:<8}"
                 f"{self.gib:>5.1f} of {row.memory_gib:<6}{hours:>16}{demand:>18}{spot:>16}{stale}"
                 )  # fmt: skip
@@ -207,3 +213,28 @@ def assumptions() -> list[str]:
         "no evaluations, no checkpoints, no downloads of a large base. Rough by nature.",
         f"USD: Vertex AI's rates of the day given in {TABLE.name}; check before you rely on them.",
     ]
+
+
+def warning(rows: Iterable[Machine]) -> list[str]:
+    """A line where prices are older than `STALE` days, else none."""
+    old = sorted({row.as_of for row in rows if row.stale()})
+    said = f"warning: prices from {old[0]} on are over {STALE} days old" if old else ""
+    return [f"{said}: look them up before you rely on them."] if old else []
+
+
+def report(estimates: list[Estimate]) -> list[str]:
+    """Estimates for people, with what they take for granted."""
+    rows = [each.line() for each in estimates]
+    return [HEADER, *rows, *assumptions(), *warning(each.machine for each in estimates)]
+
+
+def listing(rows: Iterable[Machine]) -> list[str]:
+    """The table of prices for people."""
+    rows = list(rows)
+    lines = [f"{'machine':<15}{'GPU':<23}{'GiB':>6}{'TFLOPS':>8}{'USD/h':>9}{'spot':>8}  as of"]
+    for row in rows:
+        demand, spot = ("-" if p is None else f"{p:.2f}" for p in (row.usd, row.usd_spot))
+        lines.append(f"{row.machine:<15}{row.count} x {row.accelerator:<19}{row.memory_gib:>6}"
+                     f"{row.tflops:>8g}{demand:>9}{spot:>8}  {row.as_of}")  # fmt: skip
+    source = "in us-central1; https://cloud.google.com/vertex-ai/pricing has those of today"
+    return [*lines, source, *warning(rows)]

@@ -173,9 +173,10 @@ def finetune_model(
         refuse_budget(experiment, f"The method {experiment.method}, which has no checkpoints,")
     _prepare(experiment)
     splits = splits or load_splits(experiment)
-    base = load_base(experiment.model)
-    identity = identity_of(experiment, splits.checksums(), base.base, ranks)
+    record = base_record(experiment.model)
+    identity = identity_of(experiment, splits.checksums(), record, ranks)
     _agree(ranks, identity, experiment)
+    base = load_base(experiment.model)
     with work_in(out, ranks) as folder:
         start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
         before = ranks.gather(hours_spent(out, start) if resume else 0.0)[0]

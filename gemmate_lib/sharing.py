@@ -136,6 +136,7 @@ class Together(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at what the trainer made of the model, and at its weights."""
         check_wrapping(self.trainer.model_wrapped, self.ranks)
+        torch.manual_seed(args.seed + 1_000_003 * self.ranks.rank)  # or all drop out the same
         self.compare(state.global_step)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:

@@ -234,6 +234,7 @@ def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool, ranks
         project=experiment.tracking.project,
         run_name=experiment.tracking.run_name or experiment.name,
         log_level=machine.transformers_level(experiment.tracking.log_level),
+        log_level_replica="error",  # what rank 0 says is enough
         disable_tqdm=True,
     )
 

@@ -34,7 +34,7 @@ def upload(source: str | Path, url: str) -> dict[str, str]:
 
 
 def download(url: str, folder: str | Path) -> Path:
-    """Fetch what `upload` put at a URL into a folder, and check every file.
+    """Fetch what `upload` put at a URL into a folder, but for what is there, and check every file.
 
     Raises: GemmateError where nothing was put there, or a file is not what was put there.
     """
@@ -47,7 +47,8 @@ def download(url: str, folder: str | Path) -> Path:
     for name, expected in sums.items():
         here = inside(folder, name)
         here.parent.mkdir(parents=True, exist_ok=True)
-        fs.get_file(f"{root}/{name}", str(here))
+        if not (here.is_file() and file_sha256(here) == expected):
+            fs.get_file(f"{root}/{name}", str(here))
         if file_sha256(here) != expected:
             here.unlink()
             raise GemmateError(f"{url}/{name} is not what was put there. Copy it again.")

@@ -10,13 +10,14 @@ Old tutorials send pipelines by `kfp.v2.google.client.AIPlatformClient`, which n
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gemmate_lib.cards import card_paths
 from gemmate_lib.config import Experiment, GemmateError
-from gemmate_lib.prices import find_machine
+from gemmate_lib.prices import Machine, find_machine
 from gemmate_lib.remote import (
     check_bucket,
     for_the_cloud,
@@ -27,7 +28,7 @@ from gemmate_lib.remote import (
 )
 
 if TYPE_CHECKING:
-    from google.cloud.aiplatform import CustomJob
+    from google.cloud.aiplatform import CustomJob, PipelineJob
 
 IMAGE = "python:3.12"  # it brings a compiler, which some kernels ask for; torch comes by the lock
 TASK = "gemmate_lib.cloud_task"
@@ -72,20 +73,22 @@ class TrainingJob:
     def submit(self) -> str:
         """Copy the files, send the job, and return its name; your own credentials are used.
 
-        Raises: GemmateError where the base needs a token, or there are no credentials.
+        Raises: GemmateError where the base needs a token and no secret is named.
         """
-        from google.auth.exceptions import DefaultCredentialsError
-
         if needs_token(self.experiment) and TOKEN not in json.dumps(self.specification()):
             raise GemmateError(self.remarks[0])
-        try:
-            self.copy_files()
-            self.job.submit(**self.options)
-        except DefaultCredentialsError:
-            said = "There are no credentials for Google Cloud here"
-            remedy = "Make some: gcloud auth application-default login"
-            raise GemmateError(f"{said}. {remedy}") from None
+        self.copy_files()
+        self.job.submit(**self.options)
         return str(self.job.resource_name)
+
+    def lines(self) -> list[str]:
+        """Return it for people: what goes to the bucket, what Vertex AI gets, what to know."""
+        import yaml
+
+        files = ["experiment.json", *["package.tar.gz"] * self.packaged]
+        first = [f"to {self.home}/input: {', '.join(files)}", f"to {self.job._parent}/customJobs:"]
+        text = yaml.safe_dump(self.specification(), sort_keys=False, width=96)
+        return [*first, text.rstrip(), *(f"note: {remark}" for remark in self.remarks)]
 
     def copy_files(self) -> dict[str, str]:
         """Put the experiment, and the package if there is one, into the job's folder."""
@@ -118,6 +121,7 @@ def create_training_job(
     max_hours: float | None = None,
     spot: bool = False,
     credentials: Any = None,
+    table: Iterable[Machine] | None = None,
 ) -> TrainingJob:
     """Build the job of an experiment, here and now; nothing is sent before its `submit`.
 
@@ -126,7 +130,8 @@ def create_training_job(
     hf_token_secret: where the Hub's token lies, projects/P/secrets/NAME/versions/latest.
     max_hours: after so long the job is ended; its checkpoints stay in the bucket. [hours]
     spot: on machines that may be taken away; the job then goes on from its last checkpoint.
-    credentials: google.auth's; none: your own, looked for when the job is sent.
+    credentials: google.auth's, such as `own_credentials()`; none: enough to look, not to send.
+    table: machines of your own, see gemmate_lib/prices.py.
     Raises: GemmateError for a machine without these GPUs, a region without the machine, a bucket
         that is none, what lies on this machine alone, or the extra `cloud` missing.
     """
@@ -135,7 +140,7 @@ def create_training_job(
     from google.cloud import aiplatform
 
     bucket = check_bucket(staging_bucket)
-    row = find_machine(machine_type, accelerator, accelerator_count, region=location)
+    row = find_machine(machine_type, accelerator, accelerator_count, region=location, table=table)
     refuse_local(experiment)
     _check_secret(hf_token_secret)
     home = home_in(bucket, experiment)
@@ -205,3 +210,54 @@ def _remarks(chosen: Experiment, asked: Experiment, secret: str | None) -> tuple
     if (now := chosen.checkpoint.save_every) != asked.checkpoint.save_every:
         found.append(f"checkpoint.save_every is {now} in the job, so that it can be gone on with.")
     return tuple(found)
+
+
+def own_credentials() -> Any:
+    """Your own credentials for Google Cloud. Raises: GemmateError where there are none."""
+    need("google.cloud.aiplatform", "A job of Vertex AI")
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    try:
+        return google.auth.default(["https://www.googleapis.com/auth/cloud-platform"])[0]
+    except DefaultCredentialsError:
+        said = "There are no credentials for Google Cloud here"
+        remedy = "Make some: gcloud auth application-default login"
+        raise GemmateError(f"{said}. {remedy}") from None
+
+
+def create_pipeline_job(
+    definition: str | Path,
+    *,
+    source: str,
+    project: str,
+    location: str,
+    staging_bucket: str,
+    enable_caching: bool = True,
+    credentials: Any = None,
+    **arguments: Any,
+) -> "PipelineJob":
+    """Build the job of a compiled pipeline; nothing is sent before its `submit`.
+
+    definition: what `compile_pipeline` wrote. source: the URL of its data. arguments: the
+        pipeline's. The account it acts as is given to `submit(service_account=…)`.
+    Raises: GemmateError for a bucket that is none, or data on this machine alone.
+    """
+    need("google.cloud.aiplatform", "A pipeline of Vertex AI")
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import aiplatform
+
+    bucket = check_bucket(staging_bucket)
+    if "://" not in source and source not in card_paths():
+        remedy = f"Copy it with: gemmate cloud upload {source} {bucket}/data"
+        raise GemmateError(f"The pipeline will not see {source}. {remedy}")
+    return aiplatform.PipelineJob(
+        display_name="gemmate",
+        template_path=str(definition),
+        pipeline_root=f"{bucket}/pipeline",
+        parameter_values={"source": source, **arguments},
+        enable_caching=enable_caching,
+        project=project,
+        location=location,
+        credentials=credentials or AnonymousCredentials(),
+    )

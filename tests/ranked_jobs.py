@@ -8,6 +8,7 @@ NAME-RANK.json, so that a job that is refused does not keep the next one from it
 import contextlib
 import json
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +17,11 @@ from unittest import mock
 
 import torch
 
-from gemmate_lib import machine, ranked, resume, sft, sharing
+from gemmate_lib import machine, ranked, ranks, resume, sft, sharing
 from gemmate_lib.config import GemmateError
 
-RANK = int(os.environ["RANK"])
+RANK = int(os.environ.get("RANK", 0))
+OTHER = {"id": "tiny-gemma", "revision": None, "weights_sha256": "0" * 64}
 
 
 @contextlib.contextmanager
@@ -31,23 +33,16 @@ def planted(fault: str | None) -> Iterator[None]:
         "machine": lambda: mock.patch.object(
             machine, "describe", lambda: {"device": "Tesla T4", "platform": "", "python": ""}
         ),
-        "base": lambda: mock.patch.object(sft, "load_base", another_base),
+        "base": lambda: mock.patch.object(sft, "base_record", lambda config: OTHER),
         "rows": lambda: mock.patch.object(sft, "load_splits", fewer_rows),
         "unwrapped": lambda: mock.patch("accelerate.Accelerator.prepare_model", unwrapped),
         "drift": lambda: mock.patch.object(sharing.Together, "on_step_end", drift),
-        "died": lambda: mock.patch.object(sharing.Together, "on_step_end", died),
     }
     with patches[fault]() if fault else contextlib.nullcontext():
         yield
 
 
-real_base, real_splits = sft.load_base, sft.load_splits
-
-
-def another_base(config: Any) -> Any:
-    found = real_base(config)
-    found.base["weights_sha256"] = "0" * 64
-    return found
+real_splits = sft.load_splits
 
 
 def fewer_rows(experiment: Any) -> Any:
@@ -66,23 +61,29 @@ def drift(self: Any, args: Any, state: Any, control: Any, **given: Any) -> None:
         next(p for p in given["model"].parameters() if p.requires_grad).add_(1e-3)
 
 
-def died(*args: Any, **given: Any) -> None:
-    os.kill(os.getpid(), 9)
-
-
 def do(job: dict[str, Any]) -> str:
     here = job | (job.get("second", {}) if RANK else {})
-    faults = here.get("fault")
-    asked = os.environ.get("WORLD_SIZE"), os.environ.get("RANK")
+    if "cut_off" in job:
+        if RANK == 0:
+            cut_off(*map(Path, job["cut_off"]), Path(job["out"]))
+        ranks.join("cpu").wait()
+    before = dict(os.environ)
     try:
         os.environ |= here.get("environment", {})
-        with planted(faults):
+        with planted(here.get("fault")):
             ranked.work(here)
     except GemmateError as error:
         return str(error)
     finally:
-        os.environ["WORLD_SIZE"], os.environ["RANK"] = map(str, asked)
+        os.environ |= before
     return "done"
+
+
+def cut_off(run: Path, checkpoint: Path, out: Path) -> None:
+    """Leave the folder of a run as a kill after this checkpoint would have."""
+    (out / "checkpoints").mkdir(parents=True)
+    (out / ".unfinished").touch()
+    shutil.copytree(run / "checkpoints" / checkpoint, out / "checkpoints" / checkpoint)
 
 
 def main(folder: Path) -> None:
