@@ -15,14 +15,15 @@ import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from gemmate_lib import machine
 from gemmate_lib.callbacks import Interrupted
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.sft import Run, check_new, load_run
+from gemmate_lib.sharding import Strategy, check_strategy
 from gemmate_lib.sharing import shares
 
-Strategy = Literal["ddp", "fsdp2", "fsdp-qlora"]
 CHATTER = ("agent.server.api", "multiprocessing.api", "agent.server.local_elastic_agent")
 ROOT = Path(__file__).parents[1]
 # This library, not another one that is installed, wherever we stand; quiet before it is heavy.
@@ -56,7 +57,8 @@ class Cluster:
 
 def check_cluster(cluster: Cluster, experiment: Experiment) -> None:
     """Raise GemmateError where the processes cannot be started, or could not share the steps."""
-    training = experiment.training
+    facts, training = machine.read_facts(), experiment.training
+    check_strategy(cluster.strategy, experiment, facts, processes=cluster.processes)
     shares(training.batch_size, training.gradient_accumulation_steps, cluster.world)
     if not 0 <= cluster.node_rank < cluster.nodes:
         last = cluster.nodes - 1

@@ -28,6 +28,7 @@ from gemmate_lib.models import LoadedModel, base_record, load_base, load_tokeniz
 from gemmate_lib.ranks import Ranks, join
 from gemmate_lib.resume import check_new, find_start, identity_of, keeping_for, work_in
 from gemmate_lib.settings import digest
+from gemmate_lib.sharding import is_sharded, put_together
 from gemmate_lib.sharing import SAME, shares
 from gemmate_lib.tracking import check_tracker
 from gemmate_lib.trainer import Report, train
@@ -167,20 +168,22 @@ def finetune_model(
     record = base_record(experiment.model)
     identity = identity_of(experiment, splits.checksums(), record, ranks)
     _agree(ranks, identity, experiment)
-    base = load_base(experiment.model)
+    base = load_base(experiment.model, sharded=is_sharded(ranks.strategy))
     with work_in(out, ranks) as folder:
         start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
         model = attach(base.model, experiment)
+        shared = is_sharded(ranks.strategy)
         soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
         loaded = time.perf_counter()
         log = train(
             model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
-            keeping=None if soft else keeping_for(experiment, out, identity),
+            keeping=None if soft or shared else keeping_for(experiment, out, identity),
             resume_from=start.path,
             ranks=ranks,
         )  # fmt: skip
+        whole = put_together(model) if shared else None
         if ranks.first:
-            _save(model, base, folder, experiment)
+            _save(model, base, folder, experiment, whole)
             _record(
                 folder, experiment, splits, base, log,
                 timings={"load": loaded - began, "train": time.perf_counter() - loaded},
@@ -237,12 +240,14 @@ def _record(
     )
 
 
-def _save(model: Any, base: LoadedModel, folder: Path, experiment: Experiment) -> None:
+def _save(
+    model: Any, base: LoadedModel, folder: Path, experiment: Experiment, whole: Any = None
+) -> None:
     if experiment.method == "full":
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", state_dict=whole)
         base.tokenizer.save_pretrained(folder / "model")
     else:
-        save_adapter(model, folder / "adapter", base.base)
+        save_adapter(model, folder / "adapter", base.base, weights=whole)
         base.tokenizer.save_pretrained(folder / "adapter")
 
 

@@ -204,7 +204,7 @@ def test_each_rank_drops_out_on_its_own(two: Two, experiment: Make, tmp_path: Pa
     drawn = [torch.load(folder / f"rng_state_{rank}.pth", weights_only=False) for rank in (0, 1)]
     assert not torch.equal(drawn[0]["cpu"], drawn[1]["cpu"])
     cut_off(run.directory, Path("checkpoint-2"), tmp_path / "run")
-    with pytest.raises(GemmateError, match="another run. processes: 2 then, None now"):
+    with pytest.raises(GemmateError, match=r"another run\. processes: 2 then, None now"):
         finetune_model(run.experiment, out=tmp_path / "run", resume="last")
 
 
