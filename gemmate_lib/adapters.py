@@ -139,12 +139,21 @@ def known_peft_warnings() -> Iterator[None]:
         yield
 
 
-def save_adapter(model: "PeftModel", directory: str | Path, base: Base) -> None:
-    """Save the adapter alone, in a stable form, with the record of the base it belongs to."""
+def save_adapter(
+    model: "PeftModel",
+    directory: str | Path,
+    base: Base,
+    *,
+    weights: dict[str, Any] | None = None,
+) -> None:
+    """Save the adapter alone, in a stable form, with the record of the base it belongs to.
+
+    weights: what is trained, by name, where the model holds only a share of it.
+    """
     directory = Path(directory)
     had_readme = (directory / "README.md").exists()
     # False, since we never resize the vocabulary: "auto" would ask the Hub about the base.
-    model.save_pretrained(directory, save_embedding_layers=False)
+    model.save_pretrained(directory, save_embedding_layers=False, state_dict=weights)
     if not had_readme:
         (directory / "README.md").unlink()  # a form full of "[More Information Needed]"
     config = directory / "adapter_config.json"

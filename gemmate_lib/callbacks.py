@@ -18,6 +18,7 @@ from gemmate_lib import checkpoints
 from gemmate_lib.budget import Budget
 from gemmate_lib.config import GemmateError
 from gemmate_lib.ranks import ALONE, Ranks
+from gemmate_lib.sharding import own_part, packed
 from gemmate_lib.storage import Storage
 
 Report = Callable[[dict[str, float]], None]
@@ -42,7 +43,8 @@ class Interrupted(KeyboardInterrupt):
 
 def finite(tensors: Sequence[torch.Tensor]) -> bool:
     """Whether no entry is infinite or NaN: one pass, one answer from the device."""
-    return not tensors or bool(torch.nn.utils.get_total_norm(tensors).isfinite())
+    parts = [own_part(tensor) for tensor in tensors]
+    return not parts or bool(torch.nn.utils.get_total_norm(parts).isfinite())
 
 
 class RowsOf:
@@ -75,9 +77,12 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Look at every weight once: attention can hide one that is NaN behind finite scores."""
-        floating = (p for p in given["model"].named_parameters() if p[1].is_floating_point())
-        for name, weight in floating:
-            ends = weight.detach().aminmax() if weight.numel() else ()  # NaN where one is; no copy
+        model = given["model"]
+        codes = {name for name, _ in packed(model)}  # in 4 bits, perhaps stored as floats
+        for name, weight in model.named_parameters():
+            mine = own_part(weight.detach())
+            known = name not in codes and mine.is_floating_point() and mine.numel()
+            ends = mine.aminmax() if known else ()  # NaN where one is; no copy
             if not all(bool(end.isfinite()) for end in ends):
                 raise Diverged(f"{name} is not finite before the first step. Load another base.")
 

@@ -8,6 +8,15 @@ import typer
 import gemmate_lib.cli_quality  # noqa: F401  (its commands stand beside those of cli_shipped)
 from gemmate_lib.cli_cloud import cloud_app
 from gemmate_lib.cli_continual import continual
+from gemmate_lib.cli_launch import (
+    NodeRank,
+    Nodes,
+    Processes,
+    Rendezvous,
+    Strategy,
+    speaks,
+    train,
+)
 from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_monitor import monitor_app
 from gemmate_lib.cli_runs import Limit, runs_app
@@ -18,7 +27,6 @@ from gemmate_lib.cli_shipped import (
     bench,
     card_app,
     config_app,
-    progress,
     tiny_app,
 )
 
@@ -113,38 +121,42 @@ def finetune(
         list[str] | None,
         typer.Option(help="KEY that may differ from the checkpoint's; repeatable."),
     ] = None,
+    processes: Processes = 1,
+    strategy: Strategy = "ddp",
+    nodes: Nodes = 1,
+    node_rank: NodeRank = 0,
+    rendezvous: Rendezvous = None,
 ) -> None:
-    """Fine-tune on an experiment, then evaluate on its test split."""
+    """Fine-tune on an experiment, then evaluate on its test split.
+
+    With --processes N on N processes, to the losses of one.
+    """
     from gemmate_lib import machine
     from gemmate_lib.config import resolve
 
+    first = speaks(node_rank)
     resolved = resolve(
         experiment, facts=machine.read_facts(), profile=profile, overrides=settings or ()
     )
     if explain:
         typer.echo(str(resolved.table()))
     typer.echo(f"profile {resolved.experiment.profile}: {resolved.reasons['profile']}")
-    from gemmate_lib.budget import Spent
-    from gemmate_lib.callbacks import Interrupted
     from gemmate_lib.evaluate import evaluate_run
-    from gemmate_lib.sft import check_new, finetune_model, home_of, load_splits
+    from gemmate_lib.sft import check_new, home_of, load_splits
 
     out = out or home_of(resolved.experiment) / resolved.experiment.name
     resume = resume or resolved.experiment.checkpoint.resume
     check_new(out, resume=resume)
     splits = load_splits(resolved.experiment)
     typer.echo("\n".join(splits.report.lines()))
-    try:
-        run = finetune_model(
-            resolved.experiment, out=out, splits=splits, report=progress, resume=resume,
-            allow_changed=allow_changed or (),
-        )  # fmt: skip
-    except Interrupted as stop:
-        typer.echo(f"gemmate: {stop} Go on with --resume last.", err=True)
-        raise typer.Exit(stop.exit_code) from None
-    except Spent as stop:
-        typer.echo(f"gemmate: {stop}", err=True)
-        raise typer.Exit(stop.exit_code) from None
+    run = train(
+        resolved.experiment,
+        {"processes": processes, "strategy": strategy, "nodes": nodes, "node_rank": node_rank,
+         "rendezvous": rendezvous},
+        out=out, splits=splits, resume=resume, allow_changed=allow_changed or (),
+    )  # fmt: skip
+    if not first:
+        return
     seconds = run.manifest["timings"]["train"]
     if begun := run.manifest.get("resumed"):
         typer.echo(f"went on after step {begun['step']}")

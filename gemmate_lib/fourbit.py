@@ -11,8 +11,12 @@ if TYPE_CHECKING:
     from gemmate_lib.models import LoadedModel
 
 
-def nf4_settings(quantization: str, dtype: Any) -> "BitsAndBytesConfig":
-    """NF4 and double quantization (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314)."""
+def nf4_settings(quantization: str, dtype: Any, *, sharded: bool = False) -> "BitsAndBytesConfig":
+    """NF4 and double quantization (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314).
+
+    sharded: store the codes as numbers of the dtype, as FSDP needs them; the same bits.
+    """
+    import torch
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(
@@ -20,6 +24,7 @@ def nf4_settings(quantization: str, dtype: Any) -> "BitsAndBytesConfig":
         bnb_4bit_quant_type="nf4",
         bnb_4bit_compute_dtype=dtype,
         bnb_4bit_use_double_quant=quantization == "nf4-double",
+        bnb_4bit_quant_storage=dtype if sharded else torch.uint8,
     )
 
 

@@ -6,6 +6,8 @@ are started, watched and ended together, and what ended them is said in one sent
 
 import contextlib
 import json
+import logging
+import os
 import signal
 import socket
 import sys
@@ -13,17 +15,26 @@ import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from gemmate_lib import machine
 from gemmate_lib.budget import Spent
 from gemmate_lib.callbacks import Interrupted
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.sft import Run, check_new, load_run
+from gemmate_lib.sharding import Strategy, check_strategy
 from gemmate_lib.sharing import shares
 
-Strategy = Literal["ddp", "fsdp2", "fsdp-qlora"]
+CHATTER = ("agent.server.api", "multiprocessing.api", "agent.server.local_elastic_agent")
 ROOT = Path(__file__).parents[1]
-PATIENCE = 600  # seconds to save in once told to stop; torchrun's own 30 are few for a large model
+# This library, not another one that is installed, wherever we stand; quiet before it is heavy.
+START = (
+    "import sys; sys.path.insert(0, {!r}); from gemmate_lib.machine import quiet; quiet(); "
+    "from gemmate_lib.ranked import main; main()"
+)
+PATIENCE = (
+    "600"  # seconds to save in once told to stop; torchrun's own 30 are few for a large model
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,8 @@ class Cluster:
 
 def check_cluster(cluster: Cluster, experiment: Experiment) -> None:
     """Raise GemmateError where the processes cannot be started, or could not share the steps."""
-    training = experiment.training
+    facts, training = machine.read_facts(), experiment.training
+    check_strategy(cluster.strategy, experiment, facts, processes=cluster.processes)
     shares(training.batch_size, training.gradient_accumulation_steps, cluster.world)
     if not 0 <= cluster.node_rank < cluster.nodes:
         last = cluster.nodes - 1
@@ -112,7 +124,7 @@ def launch(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         (folder / "order.json").write_text(json.dumps(order), "utf-8")
-        with _signals_kept():
+        with _agent_tamed():
             _run(cluster, folder)
     found = load_run(out)
     return Run(found.directory, found.experiment, found.manifest, found=False)
@@ -124,6 +136,7 @@ def _run(cluster: Cluster, folder: Path) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", PATIENCE)
     alone = cluster.rendezvous is None
     config = LaunchConfig(
         min_nodes=cluster.nodes,
@@ -136,14 +149,9 @@ def _run(cluster: Cluster, folder: Path) -> None:
         local_addr="localhost" if alone else None,
         max_restarts=0,
         logs_specs=DefaultLogsSpecs(log_dir=str(folder / "logs")),
-        shutdown_timeout=PATIENCE,
-    )
-    # This library, not another one that is installed, wherever we stand.
-    start = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); import gemmate_lib.ranked as r; r.main()"
     )
     try:
-        elastic_launch(config, sys.executable)("-c", start, str(folder))
+        elastic_launch(config, sys.executable)("-c", START.format(str(ROOT)), str(folder))
     except SignalException:
         raise _why(folder, {}) from None
     except ChildFailedError as error:
@@ -156,8 +164,8 @@ def _why(folder: Path, codes: dict[int, int]) -> BaseException:
     killed = {rank: -code for rank, code in codes.items() if code < 0 and code != -signal.SIGTERM}
     for rank, number in killed.items():
         name = signal.Signals(number).name
-        problem = f"Rank {rank} was ended by {name}, and the others with it"
-        return GemmateError(f"{problem}. If it was SIGKILL, look whether memory ran out.")
+        remedy = "Look whether memory ran out" if name == "SIGKILL" else "Start the run again"
+        return GemmateError(f"Rank {rank} was ended by {name}, and the others with it. {remedy}.")
     notes = [json.loads(file.read_text("utf-8")) for file in folder.glob("rank-*.json")]
     for note in sorted(notes, key=lambda each: (each["kind"] != "mendable", each["at"])):
         if note["kind"] == "interrupted":
@@ -166,18 +174,27 @@ def _why(folder: Path, codes: dict[int, int]) -> BaseException:
             return Spent(note["said"])
         if note["kind"] == "mendable":
             return GemmateError(note["said"])
+        sys.stderr.write(note["traceback"])
         return GemmateError(f"Rank {note['rank']} failed: {note['said']}. Its traceback is above.")
     return GemmateError(f"The processes ended with {codes or 'a signal'}. Start the run again.")
 
 
 @contextlib.contextmanager
-def _signals_kept() -> Iterator[None]:
-    """torch's agent takes the signals over and does not give them back: a notebook needs SIGINT."""
+def _agent_tamed() -> Iterator[None]:
+    """Let torch's agent be quiet: we say what happens. It takes signals over; take them back."""
+    import torch.distributed.launcher.api  # noqa: F401  (it sets their levels)
+
+    noisy = [logging.getLogger(f"torch.distributed.elastic.{name}") for name in CHATTER]
+    levels = [each.level for each in noisy]
+    for each in noisy:
+        each.setLevel(logging.CRITICAL)
     numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before: dict[Any, Any] = {number: signal.getsignal(number) for number in numbers}
     try:
         yield
     finally:
+        for each, level in zip(noisy, levels, strict=True):
+            each.setLevel(level)
         with contextlib.suppress(ValueError):  # not in the main thread: nobody took them
             for number, handler in before.items():
                 signal.signal(number, handler)

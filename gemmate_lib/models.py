@@ -26,6 +26,7 @@ from gemmate_lib.adapters import (
 from gemmate_lib.config import PRESETS, GemmateError, ModelConfig
 from gemmate_lib.fourbit import guard_4bit_cpu, nf4_settings, predict_bytes, save_4bit
 from gemmate_lib.methods import refuse_unmerged
+from gemmate_lib.sharding import check_storage
 from gemmate_lib.trust import refuse_adapter_beside, refuse_pickled_shards
 
 if TYPE_CHECKING:
@@ -89,9 +90,10 @@ def base_settings(model_id: str, revision: str | None = None) -> "PreTrainedConf
     return found
 
 
-def load_base(config: ModelConfig) -> LoadedModel:
+def load_base(config: ModelConfig, *, sharded: bool = False) -> LoadedModel:
     """Load a base from safetensors, never running code that came with it.
 
+    sharded: its weights will be shared out among several GPUs.
     Raises: GemmateError where this machine cannot compute as asked, or the files cannot be had.
     """
     import torch
@@ -108,7 +110,9 @@ def load_base(config: ModelConfig) -> LoadedModel:
         if stored := getattr(settings, "quantization_config", None):  # a 4-bit copy
             stored["bnb_4bit_compute_dtype"] = config.compute_dtype  # ours, not its maker's
         elif config.quantization != "none":
-            options["quantization_config"] = nf4_settings(config.quantization, dtype)
+            options["quantization_config"] = nf4_settings(
+                config.quantization, dtype, sharded=sharded
+            )
         if config.attention != "auto":
             options["attn_implementation"] = config.attention
         place = {"": torch.cuda.current_device() if device == "cuda" else device}
@@ -116,6 +120,8 @@ def load_base(config: ModelConfig) -> LoadedModel:
             path, config=settings, dtype=dtype, device_map=place, use_safetensors=True, **options
         )
         tokenizer = load_tokenizer(config.id, revision)
+    if sharded:
+        check_storage(model, dtype)
     rows = model.get_input_embeddings().num_embeddings
     if len(tokenizer) > rows:
         raise GemmateError(

@@ -39,10 +39,7 @@ def _leave() -> None:
 
 def main() -> None:
     """Read order.json in the folder named on the command line; note a failure beside it."""
-    from gemmate_lib.machine import quiet
-
     folder, rank = Path(sys.argv[-1]), int(os.environ.get("RANK", 0))
-    quiet()
     note: dict[str, Any] = {"rank": rank}
     try:
         work(json.loads((folder / "order.json").read_text("utf-8")))
@@ -56,8 +53,8 @@ def main() -> None:
         note |= {"kind": "mendable", "said": str(error)}
         code = 2
     except BaseException as error:
-        traceback.print_exc()
-        note |= {"kind": "other", "said": f"{type(error).__name__}: {error}".splitlines()[0]}
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        note |= {"kind": "other", "said": said, "traceback": traceback.format_exc()}
         code = 1
     else:
         _leave()

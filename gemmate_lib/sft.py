@@ -31,6 +31,7 @@ from gemmate_lib.monitor import Monitor
 from gemmate_lib.ranks import Ranks, join
 from gemmate_lib.resume import check_new, find_start, hours_spent, identity_of, keeping_for, work_in
 from gemmate_lib.settings import digest
+from gemmate_lib.sharding import is_sharded, put_together
 from gemmate_lib.sharing import SAME, shares
 from gemmate_lib.tracking import check_tracker
 from gemmate_lib.trainer import Report, train
@@ -169,14 +170,15 @@ def finetune_model(
     check_tracker(experiment.tracking)
     check_cloud(experiment.tracking)
     soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
-    if soft:
-        refuse_budget(experiment, f"The method {experiment.method}, which has no checkpoints,")
+    if soft or is_sharded(ranks.strategy):
+        what = experiment.method if soft else ranks.strategy
+        refuse_budget(experiment, f"Training by {what}, which has no checkpoints,")
     _prepare(experiment)
     splits = splits or load_splits(experiment)
     record = base_record(experiment.model)
     identity = identity_of(experiment, splits.checksums(), record, ranks)
     _agree(ranks, identity, experiment)
-    base = load_base(experiment.model)
+    base = load_base(experiment.model, sharded=is_sharded(ranks.strategy))
     with work_in(out, ranks) as folder:
         start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
         before = ranks.gather(hours_spent(out, start) if resume else 0.0)[0]
@@ -184,15 +186,17 @@ def finetune_model(
         budget.check()
         monitor = Monitor(folder, name=experiment.name, budget=budget, fresh=not resume)
         model = attach(base.model, experiment)
+        shared = is_sharded(ranks.strategy)
         loaded = time.perf_counter()
         with monitor.watching():
             log = train(
                 model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
-                keeping=None if soft else keeping_for(experiment, out, identity),
+                keeping=None if soft or shared else keeping_for(experiment, out, identity),
                 resume_from=start.path, ranks=ranks, budget=budget, monitor=monitor,
             )  # fmt: skip
+        whole = put_together(model) if shared else None
         if ranks.first:
-            _save(model, base, folder, experiment)
+            _save(model, base, folder, experiment, whole)
             taken = {"load": loaded - began, "train": time.perf_counter() - loaded}
             _record(
                 folder, experiment, splits, base, log,
@@ -250,12 +254,14 @@ def _record(
     )
 
 
-def _save(model: Any, base: LoadedModel, folder: Path, experiment: Experiment) -> None:
+def _save(
+    model: Any, base: LoadedModel, folder: Path, experiment: Experiment, whole: Any = None
+) -> None:
     if experiment.method == "full":
-        model.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", state_dict=whole)
         base.tokenizer.save_pretrained(folder / "model")
     else:
-        save_adapter(model, folder / "adapter", base.base)
+        save_adapter(model, folder / "adapter", base.base, weights=whole)
         base.tokenizer.save_pretrained(folder / "adapter")
 
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from gemmate_lib.config import GemmateError
 from gemmate_lib.ranks import Ranks
+from gemmate_lib.sharding import is_sharded, put_together
 
 CHECK_EVERY = 50  # optimizer steps between two looks at the weights of all ranks
 SAME = "Give every process the same experiment, files, versions and machine."
@@ -94,11 +95,8 @@ def share_rows(trainer: Any, ranks: Ranks, *, seed: int, order: Any = None) -> N
 def checksum(model: Any) -> str:
     """SHA-256 over the trained weights; those that are shared out are put together first."""
     found = hashlib.sha256()
-    for name, weight in sorted(model.named_parameters()):
-        if weight.requires_grad:
-            whole = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
-            plain = whole.detach().cpu().contiguous().view(torch.uint8)
-            found.update(name.encode() + plain.numpy().tobytes())
+    for name, weight in sorted(put_together(model).items()):
+        found.update(name.encode() + weight.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -114,7 +112,7 @@ def check_wrapping(model: Any, ranks: Ranks) -> None:
     kind = "nobody" if type(model).__module__.startswith(("peft", "transformers")) else ""
     kind = kind or type(model).__name__
     problem = f"Rank {ranks.rank} should train by {ranks.strategy}, and its gradients"
-    if ranks.strategy == "ddp":
+    if not is_sharded(ranks.strategy):
         if not isinstance(model, DistributedDataParallel):
             raise GemmateError(f"{problem} are shared by {kind}. Start it with torchrun.")
         return

@@ -29,6 +29,7 @@ from gemmate_lib.memory import said_in_numbers
 from gemmate_lib.monitor import Monitor
 from gemmate_lib.ranks import ALONE, Ranks
 from gemmate_lib.sampling import ByLength
+from gemmate_lib.sharding import trainer_settings
 from gemmate_lib.sharing import Together, share_rows, shares
 from gemmate_lib.temporal.collate import collator_for
 from gemmate_lib.tracking import tracking
@@ -222,7 +223,7 @@ def _arguments(experiment: Experiment, directory: Path, *, evaluate: bool, ranks
         use_cpu=on_cpu,
         bf16=model.compute_dtype == "bfloat16",
         fp16=model.compute_dtype == "float16",
-        gradient_checkpointing=settings.gradient_checkpointing,
+        **trainer_settings(ranks.strategy, checkpointing=settings.gradient_checkpointing),
         packing=settings.packing,
         max_length=experiment.dataset.max_length if settings.packing else None,
         dataset_kwargs={"skip_prepare_dataset": not settings.packing},

@@ -204,7 +204,7 @@ def test_by_the_command_line(tmp_path: Path) -> None:
 
 
 def test_a_soft_prompt_has_no_checkpoint_and_so_no_budget(experiment: Make, tmp_path: Path) -> None:
-    with pytest.raises(GemmateError, match=r"method prompt.*keeps no budget"):
+    with pytest.raises(GemmateError, match=r"by prompt, which has no checkpoints, keeps no budget"):
         plain = SMALL | BUDGET | {"checkpoint.save_every": 0, "method": "prompt"}
         finetune_model(experiment(**plain), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
