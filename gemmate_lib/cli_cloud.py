@@ -45,9 +45,9 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Print what Vertex AI would be sent, and what it would cost; send it with --submit."""
-    from gemmate_lib.config import GemmateError, resolve
+    from gemmate_lib.config import GemmateError
     from gemmate_lib.machine import quiet
-    from gemmate_lib.prices import TABLE, estimate, find_machine, read_prices, report
+    from gemmate_lib.prices import TABLE, estimate, find_machine, read_prices, report, resolve_on
     from gemmate_lib.vertex import create_training_job, own_credentials
 
     quiet()
@@ -55,9 +55,9 @@ def submit(
         raise GemmateError("A job needs a project and a bucket. Give --project and --bucket gs://…")
     table = read_prices(prices or TABLE)
     row = find_machine(machine, accelerator, count, region=region, table=table)
-    found = resolve(experiment, facts=row.facts, profile=profile, overrides=settings or ())
+    found = resolve_on(row, experiment, profile=profile, overrides=settings or ())
     job = create_training_job(
-        found.experiment, machine_type=machine, accelerator=accelerator, accelerator_count=count,
+        found, machine_type=machine, accelerator=accelerator, accelerator_count=count,
         project=project or "PROJECT", location=region, staging_bucket=bucket or "gs://bucket",
         container=container, service_account=service_account, hf_token_secret=hf_token_secret,
         max_hours=max_hours, spot=spot, table=table,

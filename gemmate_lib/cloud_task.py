@@ -26,10 +26,11 @@ def main(arguments: list[str] | None = None, *, work: Path = WORK) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--experiment", required=True, help="URL of a folder: experiment.json")
     parser.add_argument("--out", required=True, help="URL of the folder for the run")
+    parser.add_argument("--processes", type=int, default=1, help="one for each GPU")
     given = parser.parse_args(arguments)
     fetch_token()
     experiment = fetch_inputs(read_experiment(given.experiment), work)
-    train(experiment, given.out, work / "run")
+    train(experiment, given.out, work / "run", processes=given.processes)
 
 
 def read_experiment(url: str) -> Experiment:
@@ -65,10 +66,11 @@ def fetch_inputs(experiment: Experiment, work: Path) -> Experiment:
     return experiment.model_copy(update=changes)
 
 
-def train(experiment: Experiment, url: str, folder: Path) -> None:
+def train(experiment: Experiment, url: str, folder: Path, *, processes: int = 1) -> None:
     """Fine-tune, or go on with it, then measure, and copy the run to the bucket."""
     from gemmate_lib.callbacks import Interrupted
     from gemmate_lib.evaluate import evaluate_run
+    from gemmate_lib.launch import launch
     from gemmate_lib.sft import finetune_model
     from gemmate_lib.transfer import upload
 
@@ -76,7 +78,10 @@ def train(experiment: Experiment, url: str, folder: Path) -> None:
         print(json.dumps(record), flush=True)
 
     try:
-        run = finetune_model(experiment, out=folder, report=report, resume="last")
+        if processes > 1:
+            run = launch(experiment, out=folder, processes=processes, resume="last", show=True)
+        else:
+            run = finetune_model(experiment, out=folder, report=report, resume="last")
     except Interrupted as stop:
         print(f"{stop} The job goes on from there when it is started again.", flush=True)
         raise SystemExit(stop.exit_code) from None

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from gemmate_lib.config import Experiment, Facts, GemmateError, among
+from gemmate_lib.config import Experiment, Facts, GemmateError, among, choose_profile, resolve
 
 TABLE = Path(__file__).with_name("assets") / "prices.yaml"
 STALE = 180  # days
@@ -168,18 +168,20 @@ def estimate(
 ) -> list[Estimate]:  # fmt: skip
     """What each machine that an experiment fits would need, the least memory first.
 
-    Each machine gets the settings that its GPU would choose; several GPUs compute side by side.
+    Each machine gets the settings that its GPU would choose; several GPUs share the rows of a step,
+    so a machine whose GPUs cannot share them is left out.
     Raises: GemmateError where it fits none, or its shape cannot be had.
     """
-    from gemmate_lib.config import resolve
     from gemmate_lib.doctor import USABLE, shape_of
     from gemmate_lib.footprint import count, predict
     from gemmate_lib.fourbit import predict_bytes
 
     found, counts = [], {}
     for row in read_prices() if table is None else table:
-        chosen = resolve(name, facts=row.facts, profile=profile, overrides=list(overrides))
-        experiment = on_cuda(chosen.experiment)
+        chosen = resolve_on(row, name, profile=profile, overrides=overrides)
+        experiment = on_cuda(chosen)
+        if not shareable(experiment, row.count):
+            continue
         config, key = shape_of(experiment.model), experiment.model.compute_dtype
         if key not in counts:
             counts[key] = count(config, experiment)
@@ -195,6 +197,26 @@ def estimate(
         raise GemmateError(f"{name} fits no machine of the table. Set model.quantization=nf4, "
                            "a smaller batch_size, or gradient_checkpointing=true.")  # fmt: skip
     return sorted(found, key=lambda each: (each.machine.memory_gib, each.machine.count))
+
+
+def resolve_on(
+    machine: Machine, name: str, *, profile: str = "auto", overrides: Iterable[str] = ()
+) -> Experiment:
+    """The experiment as it is for a machine's GPU, whatever this machine has or is told."""
+    chosen, _ = choose_profile(machine.facts, profile, environ={})
+    return resolve(name, facts=machine.facts, profile=chosen, overrides=list(overrides)).experiment
+
+
+def shareable(experiment: Experiment, processes: int) -> bool:
+    """Whether the rows of a step can be shared by so many GPUs."""
+    from gemmate_lib.sharing import shares
+
+    training = experiment.training
+    try:
+        shares(training.batch_size, training.gradient_accumulation_steps, processes)
+    except GemmateError:
+        return False
+    return True
 
 
 def on_cuda(experiment: Experiment) -> Experiment:

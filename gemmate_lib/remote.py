@@ -63,7 +63,9 @@ def needs_token(experiment: Experiment) -> bool:
     return bool(GATED.match(experiment.model.id))
 
 
-def for_the_cloud(experiment: Experiment, home: str) -> Experiment:
+def for_the_cloud(
+    experiment: Experiment, home: str, *, max_hours: float | None = None
+) -> Experiment:
     """The experiment as a job runs it: checkpoints go to the bucket, so that it can go on."""
     keep, training = experiment.checkpoint, experiment.training
     every = keep.save_every
@@ -73,4 +75,7 @@ def for_the_cloud(experiment: Experiment, home: str) -> Experiment:
                "resume_option": "last", "sync_to_storage": True,
                "load_from_storage": True}  # fmt: skip
     kept = CheckpointConfig.model_validate(keep.model_dump() | changes)
-    return experiment.model_copy(update={"checkpoint": kept, "project_dir": None})
+    hours = {"max_hours": max_hours} if max_hours else {}
+    budget = experiment.budget.model_copy(update=hours)
+    own = {"checkpoint": kept, "budget": budget, "project_dir": None}
+    return experiment.model_copy(update=own)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.cards import card_paths
 from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.launch import Cluster, check_cluster
 from gemmate_lib.prices import Machine, find_machine
 from gemmate_lib.remote import (
     check_bucket,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 IMAGE = "python:3.12"  # it brings a compiler, which some kernels ask for; torch comes by the lock
 TASK = "gemmate_lib.cloud_task"
 TOKEN = "GEMMATE_HF_TOKEN_SECRET"  # names the secret; gemmate_lib/cloud_task.py reads it
+GRACE = 0.5  # hours for what is no training: installing, saving, copying
 _SECRET = re.compile(r"projects/[\w-]+/secrets/[\w-]+/versions/\w+")
 # What runs in a plain image: the package, what it declares, then the training.
 UNPACK = ("set -e; mkdir -p /opt/gemmate; tar -xzf {package} -C /opt/gemmate; cd /opt/gemmate; "
@@ -128,12 +130,14 @@ def create_training_job(
     accelerator, accelerator_count: the machine's own unless given, to be checked.
     container: an image with this library in it; none: the library goes along as a package.
     hf_token_secret: where the Hub's token lies, projects/P/secrets/NAME/versions/latest.
-    max_hours: after so long the job is ended; its checkpoints stay in the bucket. [hours]
+    max_hours: after so long the training ends itself, saved; half an hour later Vertex AI ends the
+        job, whatever it does. None: as the experiment's own budget says. [hours]
     spot: on machines that may be taken away; the job then goes on from its last checkpoint.
     credentials: google.auth's, such as `own_credentials()`; none: enough to look, not to send.
     table: machines of your own, see gemmate_lib/prices.py.
     Raises: GemmateError for a machine without these GPUs, a region without the machine, a bucket
-        that is none, what lies on this machine alone, or the extra `cloud` missing.
+        that is none, rows that the GPUs cannot share, what lies on this machine alone, or the
+        extra `cloud` missing.
     """
     need("google.cloud.aiplatform", "A job of Vertex AI")
     from google.auth.credentials import AnonymousCredentials
@@ -141,10 +145,12 @@ def create_training_job(
 
     bucket = check_bucket(staging_bucket)
     row = find_machine(machine_type, accelerator, accelerator_count, region=location, table=table)
+    if row.count > 1:
+        check_cluster(Cluster(row.count), experiment)
     refuse_local(experiment)
     _check_secret(hf_token_secret)
     home = home_in(bucket, experiment)
-    chosen = for_the_cloud(experiment, home)
+    chosen = for_the_cloud(experiment, home, max_hours=max_hours)
     machine = {"machine_type": machine_type, "accelerator_type": row.accelerator,
                "accelerator_count": row.count}  # fmt: skip
     task = _task(home, container, processes=row.count)
@@ -160,18 +166,18 @@ def create_training_job(
         credentials=credentials or AnonymousCredentials(),
         labels={"config": chosen.hash()},
     )
-    options = _options(service_account, max_hours=max_hours, spot=spot)
+    options = _options(service_account, hours=chosen.budget.hours, spot=spot)
     remarks = _remarks(chosen, experiment, hf_token_secret)
     return TrainingJob(job, chosen, home, options, container is None, remarks)
 
 
-def _options(account: str | None, *, max_hours: float | None, spot: bool) -> dict[str, Any]:
+def _options(account: str | None, *, hours: float | None, spot: bool) -> dict[str, Any]:
     from google.cloud.aiplatform_v1.types import Scheduling
 
     strategy = Scheduling.Strategy.SPOT if spot else Scheduling.Strategy.STANDARD
     return {
         "service_account": account,
-        "timeout": round(max_hours * 3600) if max_hours else None,
+        "timeout": round((hours + GRACE) * 3600) if hours else None,
         "restart_job_on_worker_restart": spot,
         "scheduling_strategy": strategy,
     }
@@ -186,17 +192,12 @@ def _check_secret(secret: str | None) -> None:
 def _task(home: str, container: str | None, *, processes: int) -> dict[str, Any]:
     """Image, command and arguments of the training."""
     words = ["--experiment", f"{home}/input", "--out", f"{home}/run"]
+    words += ["--processes", str(processes)] if processes > 1 else []
     if container:
-        run = ["python", "-m", TASK]
-        if processes > 1:
-            run = ["torchrun", "--standalone", f"--nproc-per-node={processes}", "-m", TASK]
-        return {"image_uri": container, "command": run, "args": words}
+        return {"image_uri": container, "command": ["python", "-m", TASK], "args": words}
     package = shlex.quote(home.replace("gs://", "/gcs/") + "/input/package.tar.gz")
-    script = UNPACK.format(package=package)
-    if processes > 1:
-        many = f"torchrun --standalone --nproc-per-node={processes} task.py"
-        script = script.replace("python task.py", many)
-    return {"image_uri": IMAGE, "command": ["sh", "-c", script, "task"], "args": words}
+    command = ["sh", "-c", UNPACK.format(package=package), "task"]
+    return {"image_uri": IMAGE, "command": command, "args": words}
 
 
 def _remarks(chosen: Experiment, asked: Experiment, secret: str | None) -> tuple[str, ...]:
@@ -207,6 +208,8 @@ def _remarks(chosen: Experiment, asked: Experiment, secret: str | None) -> tuple
             f"https://huggingface.co/{chosen.model.id}, keep a read token in Secret Manager, and "
             "name it by hf_token_secret, or --hf-token-secret."
         )
+    if chosen.model.device == "cpu":
+        found.append(f"model.device is cpu, as in profile {chosen.profile}: the GPU stands idle.")
     if (now := chosen.checkpoint.save_every) != asked.checkpoint.save_every:
         found.append(f"checkpoint.save_every is {now} in the job, so that it can be gone on with.")
     return tuple(found)

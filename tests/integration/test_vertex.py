@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from gemmate_lib.config import Experiment, Facts, resolve
+from gemmate_lib.config import Experiment
 from gemmate_lib.pipeline import compile_pipeline
-from gemmate_lib.prices import find_machine
+from gemmate_lib.prices import find_machine, resolve_on
 from gemmate_lib.vertex import TrainingJob, create_training_job
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -27,8 +27,8 @@ def equals_golden(name: str, text: str) -> None:
 
 def experiment_for(machine: str, **overrides: Any) -> Experiment:
     """The quotes experiment as a machine's GPU would have it."""
-    facts: Facts = find_machine(machine, None, None, region="us-central1").facts
-    return resolve("quotes", facts=facts, profile="auto", overrides=overrides).experiment
+    row = find_machine(machine, None, None, region="us-central1")
+    return resolve_on(row, "quotes", overrides=[f"{k}={v}" for k, v in overrides.items()])
 
 
 def told(job: TrainingJob) -> str:
@@ -49,7 +49,8 @@ def test_a_packaged_job_on_spot() -> None:
 
 def test_a_container_with_eight_gpus() -> None:
     job = create_training_job(
-        experiment_for("a2-highgpu-8g"), machine_type="a2-highgpu-8g",
+        experiment_for("a2-highgpu-8g", **{"training.batch_size": 8}),
+        machine_type="a2-highgpu-8g",
         container="us-docker.pkg.dev/my-project/train/gemmate:1", **WHERE,
     )  # fmt: skip
     equals_golden("vertex_container.json", told(job))
