@@ -162,23 +162,18 @@ def finetune_model(
         the end of its budget.
     """
     out, began = Path(out), time.perf_counter()
-    check_method(experiment)
     resume = resume or experiment.checkpoint.resume
     ranks = join(experiment.model.device)
+    shared = is_sharded(ranks.strategy)
     if ranks.first:  # the others may come when it is there
         check_new(out, resume=resume)
-    check_tracker(experiment.tracking)
-    check_cloud(experiment.tracking)
-    soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
-    if soft or is_sharded(ranks.strategy):
-        what = experiment.method if soft else ranks.strategy
-        refuse_budget(experiment, f"Training by {what}, which has no checkpoints,")
+    keeps = _keeps_checkpoints(experiment, ranks)
     _prepare(experiment)
     splits = splits or load_splits(experiment)
     record = base_record(experiment.model)
     identity = identity_of(experiment, splits.checksums(), record, ranks)
     _agree(ranks, identity, experiment)
-    base = load_base(experiment.model, sharded=is_sharded(ranks.strategy))
+    base = load_base(experiment.model, sharded=shared)
     with work_in(out, ranks) as folder:
         start = find_start(out, experiment, identity, resume=resume, allowed=allow_changed)
         before = ranks.gather(hours_spent(out, start) if resume else 0.0)[0]
@@ -186,12 +181,11 @@ def finetune_model(
         budget.check()
         monitor = Monitor(folder, name=experiment.name, budget=budget, fresh=not resume)
         model = attach(base.model, experiment)
-        shared = is_sharded(ranks.strategy)
         loaded = time.perf_counter()
         with monitor.watching():
             log = train(
                 model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
-                keeping=None if soft or shared else keeping_for(experiment, out, identity),
+                keeping=keeping_for(experiment, out, identity) if keeps else None,
                 resume_from=start.path, ranks=ranks, budget=budget, monitor=monitor,
             )  # fmt: skip
         whole = put_together(model) if shared else None
@@ -204,6 +198,19 @@ def finetune_model(
                 resumed=start.as_dict(), processes=_processes(experiment, ranks),
             )  # fmt: skip
     return Run(out, experiment, read_manifest(out), found=False)
+
+
+def _keeps_checkpoints(experiment: Experiment, ranks: Ranks) -> bool:
+    """Whether the run has checkpoints. Raises: GemmateError for what can be seen beforehand."""
+    check_method(experiment)
+    check_tracker(experiment.tracking)
+    check_cloud(experiment.tracking)
+    soft = METHODS[experiment.method].soft  # of which no checkpoint could be gone on with
+    if not soft and not is_sharded(ranks.strategy):
+        return True
+    what = experiment.method if soft else ranks.strategy
+    refuse_budget(experiment, f"Training by {what}, which has no checkpoints,")
+    return False
 
 
 def _prepare(experiment: Experiment) -> None:
