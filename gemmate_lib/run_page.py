@@ -112,8 +112,10 @@ def _lines(run: Journal, wanted: Sequence[tuple[str, str]], title: str) -> Itera
 
     ranges = []
     for name, unit in there:
-        ends = [each(run.curves[name], key=lambda point: point[1]) for each in (min, max)]
-        ranges.append(f"{unit} between {' and '.join(map(_short, ends))}")
+        ends = [_short(each(run.curves[name], key=lambda p: p[1])) for each in (min, max)]
+        ranges.append(
+            f"{unit} {'between ' * (ends[0] != ends[1])}{' and '.join(dict.fromkeys(ends))}"
+        )
     yield embedded([drawn(*each) for each in there], f"{title}: {', '.join(ranges)}.")
 
 

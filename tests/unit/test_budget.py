@@ -2,6 +2,8 @@
 
 import logging
 import time
+from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +12,9 @@ import pytest
 from gemmate_lib.budget import STEPS, Budget, Spent, refuse_budget
 from gemmate_lib.callbacks import Stopping
 from gemmate_lib.config import BudgetConfig, Experiment, Facts, GemmateError, resolve
+from gemmate_lib.ranks import Ranks
+from gemmate_lib.trainer import train
+from gemmate_lib.trials import prepare
 
 
 def state(step: int, *, steps: int = 1000, epoch: float = 0.5) -> SimpleNamespace:
@@ -89,8 +94,38 @@ def test_it_stops_as_a_signal_does() -> None:
     assert not last.should_training_stop
 
 
-def test_where_a_budget_would_be_ignored_it_is_refused() -> None:
+@dataclass(frozen=True)
+class Two(Ranks):
+    """Two ranks of which the other one wishes something else."""
+
+    world: int = 2
+    other: int = 0
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.other]
+
+
+@pytest.mark.parametrize(("mine", "other", "number"), [(0, -1, 0), (2.0, 0, 0), (2.0, 15, 15)])
+def test_several_ranks_end_at_the_same_step(mine: float, other: int, number: int) -> None:
+    """No two clocks are alike, and a signal reaches one rank before another."""
+    budget = Budget(BudgetConfig(max_hours=1), began=time.perf_counter(), before=mine)
+    stopping = Stopping(budget, Two(other=other))
+    assert not stopping.asked  # until it is agreed on
+    control = SimpleNamespace(should_save=False, should_training_stop=False)
+    stopping.on_step_end(None, state(4), control)
+    assert control.should_save and control.should_training_stop and stopping.asked
+    assert stopping.number == number and stopping.by_budget is not bool(number)
+    quiet = Stopping(None, Two(other=0))
+    quiet.on_step_end(None, state(4), control)
+    assert not quiet.asked and not quiet.by_budget
+
+
+def test_where_a_budget_would_be_ignored_it_is_refused(tmp_path: Path) -> None:
     refuse_budget(Experiment(), "A search")
     limited = Experiment(budget=BudgetConfig(max_hours=1))
     with pytest.raises(GemmateError, match="A search keeps no budget"):
         refuse_budget(limited, "A search")
+    with pytest.raises(GemmateError, match="of several parts keeps no budget"):
+        train(None, None, None, limited, tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(GemmateError, match="A search keeps no budget"):
+        prepare(limited)
