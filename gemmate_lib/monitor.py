@@ -25,6 +25,7 @@ from gemmate_lib.usage import Usage
 
 log = logging.getLogger("gemmate")
 EVERY = 1.0  # seconds, at least, between two looks at the machine
+BRIEF = 0.1  # seconds in which psutil cannot tell how busy a process is
 
 
 class Monitor(TrainerCallback):
@@ -159,7 +160,10 @@ class Monitor(TrainerCallback):
         def end() -> None:
             if self._file is None:
                 return
+            brief = time.perf_counter() - self._looked < BRIEF
             look = self._look()
+            if brief:
+                look.pop("cpu_percent")
             whole = self._totals
             if whole["seconds"]:
                 rates = {f"{k}_per_second": whole[k] / whole["seconds"] for k in ("tokens", "rows")}
