@@ -39,7 +39,9 @@ def trainer_settings(strategy: str, *, checkpointing: bool) -> dict[str, Any]:
         return {"gradient_checkpointing": checkpointing}
     held = yaml.safe_load(configuration(strategy).read_text("utf-8"))["fsdp_config"]
     settings = {key.removeprefix("fsdp_"): value for key, value in held.items()}
-    return {"fsdp": True, "fsdp_config": settings | {"activation_checkpointing": checkpointing}}
+    settings |= {"activation_checkpointing": checkpointing}
+    # TRL's own default is to checkpoint; with both, transformers ends the run.
+    return {"fsdp": True, "fsdp_config": settings, "gradient_checkpointing": False}
 
 
 def check_strategy(strategy: str, experiment: Experiment, facts: Facts, *, processes: int) -> None:

@@ -13,7 +13,9 @@ import pytest
 import torch
 from ranked_jobs import cut_off
 
-from gemmate_lib.config import Facts, GemmateError, resolve
+from gemmate_lib.adapters import load_adapter
+from gemmate_lib.config import Facts, GemmateError, ModelConfig, resolve
+from gemmate_lib.models import load_base
 from gemmate_lib.sft import Run, finetune_model, load_run
 from gemmate_lib.temporal.questions import as_row, questions
 
@@ -26,6 +28,10 @@ SMALL = {
     "checkpoint.keep_last_n": 9,
 }  # fmt: skip
 SHORT = SMALL | {"training.max_steps": 2, "training.eval_every": 0, "checkpoint.save_every": 0}
+SHARDED = [
+    ("shared-gemma", {"id": "tiny-gemma", "device": "cpu"}),
+    ("shared-gemmate", {"id": "tiny-gemma2", "device": "cpu", "temporal_kind": "calendar"}),
+]
 EXACT = 1e-5  # of each number, in fp32
 SAME = "Give every process the same experiment, files, versions and machine."
 
@@ -152,6 +158,7 @@ def two(
         order("one-two", small, folder, cut_off=[str(alone.directory), "checkpoint-8"], **last),
         order("two-two", small, folder, cut_off=[str(folder / "quotes"), "checkpoint-8"], **last),
         order("dropout", experiment(**SHORT | dropout), folder),
+        *({"name": name, "model": model, "out": str(folder / name)} for name, model in SHARDED),
         *(planted(name, experiment, folder) for name in PLANTED),
     ]
     return Two(folder, jobs)
@@ -206,6 +213,17 @@ def test_each_rank_drops_out_on_its_own(two: Two, experiment: Make, tmp_path: Pa
     cut_off(run.directory, Path("checkpoint-2"), tmp_path / "run")
     with pytest.raises(GemmateError, match=r"another run\. processes: 2 then, None now"):
         finetune_model(run.experiment, out=tmp_path / "run", resume="last")
+
+
+@pytest.mark.parametrize(("name", "model"), SHARDED)
+def test_a_step_on_shared_weights_is_that_of_one(
+    name: str, model: dict[str, Any], two: Two
+) -> None:
+    """FSDP2's own engine over a mesh of CPUs; accelerate's trainer refuses to use it there."""
+    assert float(two.said(name)) <= EXACT and two.said(name) == two.said(name, 1)
+    loaded = load_base(ModelConfig.model_validate(model))
+    saved = load_adapter(loaded, two.folder / name)
+    assert any(float(w.abs().max()) > 0 for n, w in saved.named_parameters() if "lora_B" in n)
 
 
 @pytest.mark.parametrize("name", PLANTED)
