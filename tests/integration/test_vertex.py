@@ -15,7 +15,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from gemmate_lib.cloud_task import read_experiment
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.pipeline import compile_pipeline
-from gemmate_lib.prices import find_machine, resolve_on
+from gemmate_lib.prices import find_machine, read_prices, resolve_on
 from gemmate_lib.vertex import (
     TrainingJob,
     create_pipeline_job,
@@ -199,6 +199,13 @@ def test_the_account_is_looked_for_only_to_send(monkeypatch: pytest.MonkeyPatch,
         own_credentials()
 
 
+def test_a_region_that_vertex_does_not_know() -> None:
+    table = [row.model_copy(update={"regions": ("us-cental1",)}) for row in read_prices()]
+    with pytest.raises(GemmateError, match="Did you mean 'us-central1'"):
+        create_training_job(experiment_for("g2-standard-8"), table=table,
+                            **WHERE | {"location": "us-cental1"})  # fmt: skip
+
+
 def test_a_cpu_profile_is_remarked_on() -> None:
     row = find_machine("g2-standard-8", None, None, region="us-central1")
     job = create_training_job(resolve_on(row, "quotes", profile="tiny"), **WHERE)
@@ -207,14 +214,16 @@ def test_a_cpu_profile_is_remarked_on() -> None:
 
 def test_a_pipeline_job(tmp_path: Path) -> None:
     path = compile_pipeline(tmp_path / "p.yaml", image="python:3.12")
-    job = create_pipeline_job(path, source="gs://bucket/data", limit=8, enable_caching=False, **WHERE)
+    job = create_pipeline_job(
+        path, source="gs://bucket/data", limit=8, enable_caching=False, **WHERE
+    )
     request = job._gca_resource
     assert request.runtime_config.gcs_output_directory == "gs://my-bucket/pipeline"
     values = request.runtime_config.parameter_values
     assert (values["source"], values["limit"]) == ("gs://bucket/data", 8)
     tasks = dict(request.pipeline_spec["root"]["dag"]["tasks"])
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
-    with pytest.raises(GemmateError, match="will not see rows.jsonl"):
+    with pytest.raises(GemmateError, match=r"will not see rows\.jsonl"):
         create_pipeline_job(path, source="rows.jsonl", **WHERE)
 
 
@@ -224,13 +233,17 @@ def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatc
 
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more)
+        importlib.util,
+        "find_spec",
+        lambda name, *more: None if name == package else find(name, *more),
     )
     make = {"kfp": lambda: compile_pipeline("p.yaml"),
             "google.cloud.aiplatform": lambda: create_training_job(
                 experiment_for("g2-standard-8"), **WHERE),
             "google.genai": lambda: tuning_call("gs://bucket/a.jsonl")}[package]  # fmt: skip
-    with pytest.raises(GemmateError, match=rf'{package}, which is not installed. Run pip install "g'):
+    with pytest.raises(
+        GemmateError, match=rf'{package}, which is not installed. Run pip install "g'
+    ):
         make()
 
 
