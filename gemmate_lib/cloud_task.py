@@ -10,11 +10,13 @@ import json
 import os
 import sys
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 
 from gemmate_lib.config import Experiment, GemmateError
 
-WORK = Path("/tmp/gemmate")  # the same in each attempt, for a checkpoint knows where its rows lay
+# The same in each attempt, for a checkpoint knows where its rows lay.
+WORK = Path(os.environ.get("GEMMATE_WORK", "/tmp/gemmate"))
 TOKEN = "GEMMATE_HF_TOKEN_SECRET"
 
 
@@ -66,16 +68,24 @@ def fetch_inputs(experiment: Experiment, work: Path) -> Experiment:
     return experiment.model_copy(update=changes)
 
 
-def train(experiment: Experiment, url: str, folder: Path, *, processes: int = 1) -> None:
-    """Fine-tune, or go on with it, then measure, and copy the run to the bucket."""
+def show(record: dict[str, float]) -> None:
+    """Print a step, which Cloud Logging reads as its fields."""
+    print(json.dumps(record), flush=True)
+
+
+def train(
+    experiment: Experiment, url: str, folder: Path, *, processes: int = 1,
+    report: Callable[[dict[str, float]], None] = show,
+) -> None:  # fmt: skip
+    """Fine-tune, or go on with it, then measure, and copy the run to the bucket.
+
+    Raises: SystemExit where it was told to stop: saved, and to be gone on with.
+    """
     from gemmate_lib.callbacks import Interrupted
     from gemmate_lib.evaluate import evaluate_run
     from gemmate_lib.launch import launch
     from gemmate_lib.sft import finetune_model
     from gemmate_lib.transfer import upload
-
-    def report(record: dict[str, float]) -> None:
-        print(json.dumps(record), flush=True)
 
     try:
         if processes > 1:

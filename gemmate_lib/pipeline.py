@@ -125,14 +125,15 @@ def run_here(source: str | Path, out: str | Path, **arguments: Any) -> Outcome:
 
     out.mkdir(parents=True)
     place = str(source) if "://" in str(source) else str(Path(source).resolve())
-    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(out))
+    runner, shared = local.SubprocessRunner(use_venv=False), str(out / "workspace")
+    local.init(runner, pipeline_root=str(out), workspace_root=shared)
     log = out / "log.txt"
     try:
         with log.open("w") as file, redirect_stdout(file), redirect_stderr(file):
             pipeline(source=place, **arguments)
     except RuntimeError as error:
         raise GemmateError(f"{_why(log) or error} All that was said: {log}.") from None
-    return read_outcome(next(path for path in out.iterdir() if path.is_dir()))
+    return read_outcome(next(out.glob(f"{NAME}-*")))
 
 
 def _why(log: Path) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from gemmate_lib.adapters import write_json
 from gemmate_lib.config import Experiment, GemmateError, resolve
+from gemmate_lib.machine import quiet, read_facts
 
 DECIDES = ("quote_nll", "completion_nll")  # the loss on what was to be written
 
@@ -18,8 +19,6 @@ def experiment_of_stage(
     experiment: str, profile: str, settings: Sequence[str], **more: Any
 ) -> Experiment:
     """The experiment of a stage, for the machine that the stage runs on."""
-    from gemmate_lib.machine import read_facts
-
     overrides = [*settings, *(f"{key}={value}" for key, value in more.items())]
     return resolve(experiment, facts=read_facts(), profile=profile, overrides=overrides).experiment
 
@@ -39,15 +38,16 @@ def prepare(source: str, out: Path, *, experiment: str, profile: str,
 def train(data: Path, out: Path, *, experiment: str, profile: str,
           settings: Sequence[str]) -> dict[str, float]:  # fmt: skip
     """Fine-tune on prepared rows; first and last losses, and the number of steps."""
+    chosen = experiment_of_stage(experiment, profile, settings, dataset=data)
     from gemmate_lib.sft import finetune_model
 
-    chosen = experiment_of_stage(experiment, profile, settings, dataset=data)
     # Columns were mapped, and the limit taken, when the rows were prepared.
     return finetune_model(chosen, out=out, resume="last").metrics
 
 
 def evaluate(run: Path, before: Path, after: Path, *, limit: int | None = None) -> dict[str, float]:
     """Measure the base and the run on the test split; the run's numbers."""
+    quiet()
     from gemmate_lib.evaluate import evaluate_run, write_evaluation
     from gemmate_lib.sft import load_run
 
@@ -73,6 +73,7 @@ def publish(run: Path, after: Path, out: Path, *, verdict: str, url: str = "") -
 
     Raises: GemmateError for a run that is worse than its base beyond noise: nothing goes out.
     """
+    quiet()
     from gemmate_lib.evaluation import read_evaluation
     from gemmate_lib.hub import push_plan
     from gemmate_lib.publish import stage

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.cards import card_paths
-from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.config import Experiment, GemmateError, among
 from gemmate_lib.launch import Cluster, check_cluster
 from gemmate_lib.prices import Machine, find_machine
 from gemmate_lib.remote import (
@@ -142,8 +142,10 @@ def create_training_job(
     need("google.cloud.aiplatform", "A job of Vertex AI")
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import aiplatform
+    from google.cloud.aiplatform.constants.base import SUPPORTED_REGIONS
 
     bucket = check_bucket(staging_bucket)
+    among(location, SUPPORTED_REGIONS, "region of Vertex AI")
     row = find_machine(machine_type, accelerator, accelerator_count, region=location, table=table)
     if row.count > 1:
         check_cluster(Cluster(row.count), experiment)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from gemmate_lib.config import GemmateError
 from gemmate_lib.pipeline import Outcome, run_here
 from gemmate_lib.publish import last_logits, load_saved
 from gemmate_lib.sft import load_run, open_run
@@ -49,3 +50,37 @@ def test_what_it_published_is_what_it_trained(whole: Outcome) -> None:
     out = load_saved(whole.folder.parents[1] / "bucket")
     first, second = (last_logits(m.model, m.tokenizer, "Quote: The 3th") for m in (run, out))
     assert first == second
+
+
+def test_kfp_still_skips_what_hangs_on_a_condition(tmp_path: Path) -> None:
+    """kfp 2.16.1: `enhanced_dag_orchestrator.py` fails to work out each condition and skips its branch.
+
+    When this fails, put publishing behind dsl.If in gemmate_lib/pipeline.py.
+    """
+    from kfp import dsl, local
+
+    @dsl.component(base_image="python:3.12", install_kfp_package=False)
+    def verdict() -> str:
+        return "better"
+
+    @dsl.component(base_image="python:3.12", install_kfp_package=False)
+    def write(path: str) -> None:
+        with open(path, "w") as file:  # noqa: PTH123  (it runs by itself)
+            file.write("ran")
+
+    @dsl.pipeline(name="canary")
+    def pipeline(path: str) -> None:
+        found = verdict()
+        with dsl.If(found.output != "worse"):
+            write(path=path)
+
+    local.init(local.SubprocessRunner(use_venv=False), pipeline_root=str(tmp_path / "out"))
+    pipeline(path=str(tmp_path / "ran"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_stops_a_component_is_said_in_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"colour": "red"}\n')
+    with pytest.raises(GemmateError, match="The columns .* match no form") as refused:
+        run_here(tmp_path / "rows.jsonl", tmp_path / "out", profile="tiny")
+    assert "\n" not in str(refused.value) and "log.txt" in str(refused.value)

@@ -47,10 +47,13 @@ def test_the_shipped_table_is_sound() -> None:
     assert yaml.safe_load(TABLE.read_text("utf-8"))["source"].startswith("https://")
 
 
-def test_vertex_knows_each_accelerator() -> None:
+def test_vertex_knows_each_accelerator_and_region() -> None:
+    from google.cloud.aiplatform.constants.base import SUPPORTED_REGIONS
     from google.cloud.aiplatform_v1.types import AcceleratorType
 
-    assert all(row.accelerator in AcceleratorType.__members__ for row in read_prices())
+    for row in read_prices():
+        assert row.accelerator in AcceleratorType.__members__
+        assert set(row.regions) <= SUPPORTED_REGIONS
 
 
 def test_old_prices_are_warned_of() -> None:
