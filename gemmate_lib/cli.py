@@ -76,7 +76,10 @@ def course(
         list[str] | None,
         typer.Option(help="NAME=VALUE,VALUE [NAME=VALUE,VALUE …]: run every combination."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder; default runs/course/<stamp>.")] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(help="Folder, or a URL to copy it to; default runs/course/<stamp>."),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Notebooks at a time.")] = None,
     cell_timeout: Annotated[float | None, typer.Option(help="Seconds for a cell.")] = None,
     notebook_timeout: Annotated[float | None, typer.Option(help="Seconds for a notebook.")] = None,
@@ -88,8 +91,9 @@ def course(
     from gemmate_lib.batches import read_grid, read_pairs
     from gemmate_lib.course import Order, newest_order, run_course
 
+    folder, url = (None, out) if out and "://" in out else (Path(out) if out else None, None)
     if resume:
-        order, out = newest_order(out)
+        order, folder = newest_order(folder)
     else:
         order = Order(
             profile=profile,
@@ -100,7 +104,7 @@ def course(
             notebook_timeout=notebook_timeout,
             jobs=jobs,
         )
-    raise typer.Exit(0 if run_course(order, out=out, resume=resume).ok else 1)
+    raise typer.Exit(0 if run_course(order, out=folder, resume=resume, copy_to=url).ok else 1)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from gemmate_lib.headless import (
     write_record,
 )
 from gemmate_lib.report import write_report
+from gemmate_lib.storage import Mirror
 from gemmate_lib.trust import inside
 
 if TYPE_CHECKING:
@@ -185,8 +186,23 @@ def _run_one(
     return result
 
 
+def _copy(mirror: Mirror, folder: Path) -> str | None:
+    """Copy what is new; what kept us from it. A storage that fails never fails a notebook."""
+    try:
+        mirror.copy(folder)
+    except Exception as error:  # whatever a storage's own client raises
+        return f"The folder was not copied to its URL: {error}"
+    return None
+
+
 def _run_all(
-    jobs: Sequence[Job], order: Order, folder: Path, *, resume: bool, console: "Console"
+    jobs: Sequence[Job],
+    order: Order,
+    folder: Path,
+    *,
+    resume: bool,
+    console: "Console",
+    mirror: Mirror | None,
 ) -> tuple[NotebookResult, ...]:
     """Start the jobs in order, some at a time; what depends on another waits for it."""
     running: dict[str, Future[NotebookResult]] = {}
@@ -199,7 +215,10 @@ def _run_all(
     def start(job: Job, needs: list[Future[NotebookResult]]) -> NotebookResult:
         blocked = _blocked([need.result() for need in needs])
         earlier = finished_before(folder, job, profile=order.profile) if resume else None
-        return earlier or _run_one(job, order, folder, live, blocked=blocked, tick=tick)
+        done = earlier or _run_one(job, order, folder, live, blocked=blocked, tick=tick)
+        if mirror and (problem := _copy(mirror, folder)):
+            console.print(problem, markup=False, soft_wrap=True)  # it is tried again
+        return done
 
     with _live(console) as live, ThreadPoolExecutor(order.at_once()) as pool:
         for job in jobs:
@@ -215,13 +234,18 @@ def _run_all(
 
 
 def run_course(
-    order: Order | None = None, *, out: Path | None = None, resume: bool = False
+    order: Order | None = None,
+    *,
+    out: Path | None = None,
+    resume: bool = False,
+    copy_to: str | None = None,
 ) -> CourseResult:
     """Run notebooks in their order, print how each fares, and write the report.
 
     `out`: an empty folder, or that of an earlier run, whose adapters are found again. A failure
     skips only what depends on it. `resume`: what is ok in the folder, from the same notebook with
-    the same parameters, is not run again.
+    the same parameters, is not run again. `copy_to`: a URL that fsspec knows; what is new in the
+    folder goes there as each notebook ends, and the report at the end.
     Raises: GemmateError for an unknown notebook, profile or parameter, all before anything runs.
     """
     from rich.console import Console
@@ -231,12 +255,15 @@ def run_course(
         order = replace(order, profile=choose_profile(machine.read_facts())[0])
     among(order.profile, PROFILES, "profile")
     jobs, console = plan(order.only, order.parameters, order.grid), Console()
+    mirror = Mirror(copy_to) if copy_to else None
     folder = make_folder(out)
     with alone(folder):
         text = json.dumps(asdict(order), indent=2) + "\n"
         inside(folder, "order.json").write_text(text, "utf-8")
-        results = _run_all(jobs, order, folder, resume=resume, console=console)
+        results = _run_all(jobs, order, folder, resume=resume, console=console, mirror=mirror)
         course = CourseResult(folder, results, write_report(folder))
     console.print(course.table())
+    if mirror and (problem := _copy(mirror, folder)):
+        raise GemmateError(f"{problem}. All of it is in {folder}.")
     console.print(f"The report: {course.report}", markup=False, soft_wrap=True)
     return course

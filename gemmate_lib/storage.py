@@ -1,10 +1,13 @@
 """A second home for checkpoints: any place that fsspec can write to, a folder or a bucket."""
 
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 
 from gemmate_lib.checkpoints import MANIFEST, Checkpoint, name_of, step_of, verify
 from gemmate_lib.config import GemmateError
+
+NOT_COPIED = (".pid", ".lock", ".tmp")  # of those who are at it
 
 
 class Storage(Protocol):
@@ -49,9 +52,13 @@ class FsspecStorage:
     def sync_to_storage(self, checkpoint: Checkpoint) -> None:
         """Copy a checkpoint there, its manifest last: what was cut off is not a checkpoint."""
         for name in (*checkpoint.manifest["files"], MANIFEST):
-            there = f"{self.root}/{checkpoint.path.name}/{name}"
-            self.fs.makedirs(there.rpartition("/")[0], exist_ok=True)
-            self.fs.put_file(str(checkpoint.path / name), there)
+            self.put(checkpoint.path / name, f"{checkpoint.path.name}/{name}")
+
+    def put(self, file: Path, name: str) -> None:
+        """Copy one file there, under this name."""
+        there = f"{self.root}/{name}"
+        self.fs.makedirs(there.rpartition("/")[0], exist_ok=True)
+        self.fs.put_file(str(file), there)
 
     def load_from_storage(self, name: str, folder: Path) -> Checkpoint:
         """Fetch a checkpoint into a folder and verify it; the manifest comes last here too.
@@ -84,6 +91,28 @@ class FsspecStorage:
     def remove(self, name: str) -> None:
         """Delete a checkpoint there."""
         self.fs.rm(f"{self.root}/{_plain(name)}", recursive=True)
+
+
+class Mirror:
+    """Copies a folder that grows to an fsspec URL: each time what is new or changed in it."""
+
+    def __init__(self, remote_path: str) -> None:
+        self.storage, self.copied = FsspecStorage(remote_path), dict[str, tuple[int, int]]()
+        self._alone = threading.Lock()
+
+    def copy(self, folder: Path) -> int:
+        """Copy; the number of files. Raises: what the storage raises."""
+        with self._alone:
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            changed = 0
+            for file in (f for f in files if not f.is_symlink() and f.suffix not in NOT_COPIED):
+                name, about = file.relative_to(folder).as_posix(), file.stat()
+                stamp = (about.st_size, about.st_mtime_ns)
+                if self.copied.get(name) != stamp:
+                    self.storage.put(file, name)
+                    self.copied[name] = stamp
+                    changed += 1
+            return changed
 
 
 def _plain(name: str) -> str:

@@ -16,6 +16,7 @@ from gemmate_lib.cli import app
 from gemmate_lib.config import GemmateError
 from gemmate_lib.course import Order, alone, make_folder, newest_order, run_course
 from gemmate_lib.headless import NotebookResult, inside, main_metric, run_notebook
+from gemmate_lib.storage import FsspecStorage, Mirror
 
 FIGURE = """
 import matplotlib
@@ -73,7 +74,48 @@ def executed(tmp_path_factory):
     with pytest.MonkeyPatch.context() as monkeypatch:
         use(monkeypatch, *files)
         monkeypatch.setenv("HF_TOKEN", "hf_secretsecretsecretsecret")
-        return run_course(Order(parameters={"rows": "7"}), out=folder / "out{}")
+        order = Order(parameters={"rows": "7"})
+        return run_course(order, out=folder / "out{}", copy_to="memory://course/run")
+
+
+def test_the_folder_is_copied_to_its_url(executed):
+    there = FsspecStorage("memory://course/run")
+    names = {name.removeprefix(f"{there.root}/") for name in there.fs.find(there.root)}
+    here = {f.relative_to(executed.directory).as_posix() for f in executed.directory.rglob("*")
+            if f.is_file()}  # fmt: skip
+    assert names == here and {"report.html", "notebooks/04_generate.ipynb"} <= names
+    for name in names:
+        assert there.fs.cat_file(f"{there.root}/{name}") == (executed.directory / name).read_bytes()
+
+
+def test_what_cannot_be_copied_is_said_and_stays(monkeypatch, tmp_path, capsys):
+    def refuse(*args):
+        raise PermissionError("no such bucket")
+
+    use(monkeypatch, write_notebook(tmp_path, "03_sft", "print('main metric: fine')"))
+    monkeypatch.setattr(FsspecStorage, "put", refuse)
+    with pytest.raises(GemmateError, match=r"not copied to its URL: no such bucket\..*out"):
+        run_course(Order(), out=tmp_path / "out", copy_to="memory://course/refused")
+    assert (tmp_path / "out/manifests/03_sft.json").is_file()
+    assert "03_sft: ok" in capsys.readouterr().out
+
+
+def test_an_unknown_url_is_refused_before_anything_runs(three, tmp_path):
+    with pytest.raises(GemmateError, match="Cannot write to nowhere://x"):
+        run_course(Order(), out=tmp_path / "out", copy_to="nowhere://x")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_copy_takes_what_is_new_or_changed(tmp_path):
+    mirror = Mirror("memory://mirror/run")
+    for name in ("a", "deep/b", "running.pid"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1", "utf-8")
+    assert mirror.copy(tmp_path) == 2 and mirror.copy(tmp_path) == 0
+    (tmp_path / "deep/b").write_text("22", "utf-8")
+    assert mirror.copy(tmp_path) == 1
+    assert mirror.storage.fs.cat_file(f"{mirror.storage.root}/deep/b") == b"22"
+    assert len(mirror.storage.fs.find(mirror.storage.root)) == 2
 
 
 def test_goes_on_after_a_failure_and_skips_what_depends_on_it(executed):
