@@ -114,18 +114,20 @@ def fetch_token() -> None:
         return
     import base64
 
+    check_secret(name)
     credentials = own_credentials()
+    from google.auth.exceptions import GoogleAuthError
     from google.auth.transport.requests import Request
 
-    credentials.refresh(Request())
-    asked = urllib.request.Request(
-        f"https://secretmanager.googleapis.com/v1/{name}:access",
-        headers={"Authorization": f"Bearer {credentials.token}"},
-    )
     try:
+        credentials.refresh(Request())
+        asked = urllib.request.Request(
+            f"https://secretmanager.googleapis.com/v1/{name}:access",
+            headers={"Authorization": f"Bearer {credentials.token}"},
+        )
         with urllib.request.urlopen(asked, timeout=60) as answer:
             secret = json.load(answer)["payload"]["data"]
-    except OSError as error:
+    except (OSError, GoogleAuthError) as error:
         remedy = "Give the job's service account the role Secret Manager Secret Accessor"
         raise GemmateError(f"{name} cannot be read: {error}. {remedy}.") from None
     os.environ["HF_TOKEN"] = base64.b64decode(secret).decode().strip()
