@@ -48,7 +48,8 @@ def submit(
     from gemmate_lib.config import GemmateError
     from gemmate_lib.machine import quiet
     from gemmate_lib.prices import TABLE, estimate, find_machine, read_prices, report, resolve_on
-    from gemmate_lib.vertex import create_training_job, own_credentials
+    from gemmate_lib.remote import own_credentials
+    from gemmate_lib.vertex import create_training_job
 
     quiet()
     if for_real and not (project and bucket):
@@ -164,6 +165,9 @@ def pipeline(
     experiment: Annotated[str, typer.Option(help="Its settings.")] = "quotes",
     image: Annotated[str | None, typer.Option(help="An image with this library.")] = None,
     accelerator: Annotated[str | None, typer.Option(help="Such as NVIDIA_L4.")] = None,
+    hf_token_secret: Annotated[
+        str | None, typer.Option(help="projects/P/secrets/NAME/versions/latest: the Hub's token.")
+    ] = None,
     caching: Annotated[bool, typer.Option(help="Keep what came out of equal steps.")] = True,
     limit: Annotated[int, typer.Option(help="Generate for this many test rows.")] = 64,
     settings: Overrides = None,
@@ -175,8 +179,11 @@ def pipeline(
 
     quiet()
     if source is None:
-        options = {"image": image or HERE, "accelerator": accelerator, "enable_caching": caching}
-        typer.echo(f"compiled: {compile_pipeline(out, **options)}")
+        compile_pipeline(
+            out, image=image or HERE, accelerator=accelerator, enable_caching=caching,
+            hf_token_secret=hf_token_secret,
+        )  # fmt: skip
+        typer.echo(f"compiled: {out}")
         return
     done = run_here(
         source, out, experiment=experiment, profile=profile, settings=list(settings or ()),

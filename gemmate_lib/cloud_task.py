@@ -9,15 +9,14 @@ import argparse
 import json
 import os
 import sys
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
 from gemmate_lib.config import Experiment, GemmateError
+from gemmate_lib.remote import fetch_token
 
 # The same in each attempt, for a checkpoint knows where its rows lay.
 WORK = Path(os.environ.get("GEMMATE_WORK", "/tmp/gemmate"))
-TOKEN = "GEMMATE_HF_TOKEN_SECRET"
 
 
 def main(arguments: list[str] | None = None, *, work: Path = WORK) -> None:
@@ -98,30 +97,6 @@ def train(
     print("\n".join(evaluate_run(run).lines()), flush=True)
     upload(run.directory, url)
     print(f"the run lies at {url}", flush=True)
-
-
-def fetch_token() -> None:
-    """Put the Hub's token from Secret Manager into this process alone; it is written nowhere."""
-    if not (name := os.environ.get(TOKEN)):
-        return
-    import base64
-
-    import google.auth
-    from google.auth.transport.requests import Request
-
-    credentials, _ = google.auth.default(["https://www.googleapis.com/auth/cloud-platform"])
-    credentials.refresh(Request())
-    asked = urllib.request.Request(
-        f"https://secretmanager.googleapis.com/v1/{name}:access",
-        headers={"Authorization": f"Bearer {credentials.token}"},
-    )
-    try:
-        with urllib.request.urlopen(asked, timeout=60) as answer:
-            secret = json.load(answer)["payload"]["data"]
-    except OSError as error:
-        remedy = "Give the job's service account the role Secret Manager Secret Accessor"
-        raise GemmateError(f"{name} cannot be read: {error}. {remedy}.") from None
-    os.environ["HF_TOKEN"] = base64.b64decode(secret).decode().strip()
 
 
 if __name__ == "__main__":

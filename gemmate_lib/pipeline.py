@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmate_lib.config import GemmateError
-from gemmate_lib.remote import need
+from gemmate_lib.remote import TOKEN, check_secret, need
 
 HERE = "python:3.12"  # of a run on this machine, where no image is used
 NAME = "gemmate"
@@ -34,17 +34,25 @@ def components(image: str) -> dict[str, Any]:
 
 
 def define(
-    image: str = HERE, *, enable_caching: bool = True, accelerator: str | None = None
+    image: str = HERE,
+    *,
+    enable_caching: bool = True,
+    accelerator: str | None = None,
+    hf_token_secret: str | None = None,
 ) -> Any:
     """The pipeline's definition.
 
     image: has this library in it, as `pip install "gemmate-course[cloud]"` puts it there.
+    hf_token_secret: where the Hub's token lies, projects/P/secrets/NAME/versions/latest.
     accelerator: what training and evaluating need, such as NVIDIA_L4; none: a CPU.
     """
+    check_secret(hf_token_secret)
     step = components(image)
     from kfp import dsl
 
     def cached(task: Any) -> Any:
+        if hf_token_secret:
+            task.set_env_variable(TOKEN, hf_token_secret)
         return task.set_caching_options(enable_caching)
 
     def on_gpu(task: Any) -> Any:

@@ -6,7 +6,7 @@ reads. A table goes through the course's own checks first; pieces of one documen
 
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,14 @@ def prepare_rows(
     out: str | Path,
     *,
     dataset: DatasetConfig | None = None,
-    characters: int = 400,
+    tokenizer: Any = None,
 ) -> dict[str, int]:
     """Write the splits of a source as JSON Lines to a new folder; the number of rows of each.
 
     source: a table (.json, .jsonl, .csv, .tsv), a folder of such splits, a data card's name, or a
-        folder of .txt, .md and .pdf files, cut into pieces of at most so many characters.
-    dataset: the shares held out, the seed, and how columns are called.
+        folder of .txt, .md and .pdf files, which are cut into pieces.
+    dataset: the shares held out, the seed, how columns are called, and the longest row.
+    tokenizer: counts how long a piece is; None: three characters are taken for a token.
     Raises: GemmateError for what cannot be read, or a folder that is there already.
     """
     folder = Path(out)
@@ -38,7 +39,7 @@ def prepare_rows(
         raise GemmateError(f"{folder} exists. Give another folder, or delete it.")
     config = (dataset or DatasetConfig()).model_copy(update={"id": str(source)})
     documents = find_documents(Path(source))
-    parts = split_documents(documents, config, characters) if documents else split_table(config)
+    parts = split_documents(documents, config, tokenizer) if documents else split_table(config)
     folder.mkdir(parents=True)
     for split in SPLITS:
         write_rows(folder / f"{split}.jsonl", parts[split])
@@ -66,16 +67,22 @@ def find_documents(source: Path) -> list[Path]:
 
 
 def split_documents(
-    documents: list[Path], config: DatasetConfig, characters: int
+    documents: list[Path], config: DatasetConfig, tokenizer: Any = None
 ) -> dict[str, Rows]:
     """Pieces of documents as rows `text` and `source`; a document stays in one split.
 
     Fewer than three documents cannot be kept apart: then pieces are drawn, whatever they are from.
     """
+
+    def length(text: str) -> int:
+        if tokenizer is None:
+            return len(text) // 3
+        return len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
     rows = [
         {"text": piece, "source": path.name}
         for path in documents
-        for piece in pieces(read_document(path), characters)
+        for piece in pieces(read_document(path), config.max_length - 2, length)  # bos and eos
     ]
     random.Random(config.split_seed).shuffle(rows)
     apart = len(documents) > 2
@@ -117,21 +124,29 @@ def _pdf(path: Path) -> str:
                            "without a password.") from None  # fmt: skip
 
 
-def pieces(text: str, characters: int) -> Iterator[str]:
-    """A text as whole paragraphs, or sentences of a long one, of at most so many characters."""
+def pieces(text: str, most: int, size: Callable[[str], int] = len) -> Iterator[str]:
+    """A text as pieces of at most such a size: whole paragraphs, else sentences, else words."""
     held = ""
-    for part in _sentences(text, characters):
-        if held and len(held) + 1 + len(part) > characters:
+    for part in _parts(text, most, size):
+        joined = f"{held} {part}".strip()
+        if held and size(joined) > most:
             yield held
-            held = ""
-        held = f"{held} {part}".strip()
+            joined = part
+        held = joined
     if held:
         yield held
 
 
-def _sentences(text: str, characters: int) -> Iterator[str]:
-    for paragraph in re.split(r"\n\s*\n", text):
-        line = " ".join(paragraph.split())
-        parts = [line] if len(line) <= characters else re.split(r"(?<=[.!?])\s+", line)
-        for part in filter(None, parts):
-            yield from (part[i : i + characters] for i in range(0, len(part), characters))
+def _parts(text: str, most: int, size: Callable[[str], int]) -> Iterator[str]:
+    for pattern in (r"\n\s*\n", r"(?<=[.!?])\s+", r"\s+"):
+        found = [" ".join(part.split()) for part in re.split(pattern, text)]
+        if len(found := list(filter(None, found))) > 1:
+            for part in found:
+                yield from [part] if size(part) <= most else _parts(part, most, size)
+            return
+    line = " ".join(text.split())
+    half = len(line) // 2  # of a word without end, as a table of numbers may be
+    if size(line) <= most or not half:
+        yield line
+    else:
+        yield from (*_parts(line[:half], most, size), *_parts(line[half:], most, size))

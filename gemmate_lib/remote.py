@@ -1,12 +1,18 @@
 """What a machine elsewhere must find of an experiment, and where it leaves what it makes."""
 
+import json
+import os
 import re
+import urllib.request
 from pathlib import Path
+from typing import Any
 
 from gemmate_lib.cards import card_paths
 from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
 from gemmate_lib.models import EMBEDDED
 
+TOKEN = "GEMMATE_HF_TOKEN_SECRET"  # the variable that names the secret, in jobs and components
+_SECRET = re.compile(r"projects/[\w-]+/secrets/[\w-]+/versions/\w+")
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[^\s?#]*)?")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 GATED = re.compile(r"(google/(gemma|paligemma|medgemma)|meta-llama/)", re.IGNORECASE)
@@ -79,3 +85,49 @@ def for_the_cloud(
     budget = experiment.budget.model_copy(update=hours)
     own = {"checkpoint": kept, "budget": budget, "project_dir": None}
     return experiment.model_copy(update=own)
+
+
+def check_secret(secret: str | None) -> None:
+    """Raise GemmateError for a token where the name of a secret is wanted."""
+    if secret is not None and not _SECRET.fullmatch(secret):
+        problem = "hf_token_secret names a secret, and is not the token itself"
+        raise GemmateError(f"{problem}. Write projects/PROJECT/secrets/NAME/versions/latest.")
+
+
+def own_credentials() -> Any:
+    """Your own credentials for Google Cloud. Raises: GemmateError where there are none."""
+    need("google.auth", "Signing in to Google Cloud")
+    import google.auth
+    from google.auth.exceptions import DefaultCredentialsError
+
+    try:
+        return google.auth.default(["https://www.googleapis.com/auth/cloud-platform"])[0]
+    except DefaultCredentialsError:
+        said = "There are no credentials for Google Cloud here"
+        remedy = "Make some: gcloud auth application-default login"
+        raise GemmateError(f"{said}. {remedy}") from None
+
+
+def fetch_token() -> None:
+    """Put the Hub's token from Secret Manager into this process alone; it is written nowhere."""
+    if not (name := os.environ.get(TOKEN)):
+        return
+    import base64
+
+    check_secret(name)
+    credentials = own_credentials()
+    from google.auth.exceptions import GoogleAuthError
+    from google.auth.transport.requests import Request
+
+    try:
+        credentials.refresh(Request())
+        asked = urllib.request.Request(
+            f"https://secretmanager.googleapis.com/v1/{name}:access",
+            headers={"Authorization": f"Bearer {credentials.token}"},
+        )
+        with urllib.request.urlopen(asked, timeout=60) as answer:
+            secret = json.load(answer)["payload"]["data"]
+    except (OSError, GoogleAuthError) as error:
+        remedy = "Give the job's service account the role Secret Manager Secret Accessor"
+        raise GemmateError(f"{name} cannot be read: {error}. {remedy}.") from None
+    os.environ["HF_TOKEN"] = base64.b64decode(secret).decode().strip()

@@ -11,6 +11,7 @@ from typing import Any
 from gemmate_lib.adapters import write_json
 from gemmate_lib.config import Experiment, GemmateError, resolve
 from gemmate_lib.machine import quiet, read_facts
+from gemmate_lib.remote import fetch_token
 
 DECIDES = ("quote_nll", "completion_nll")  # the loss on what was to be written
 
@@ -19,6 +20,7 @@ def experiment_of_stage(
     experiment: str, profile: str, settings: Sequence[str], **more: Any
 ) -> Experiment:
     """The experiment of a stage, for the machine that the stage runs on."""
+    fetch_token()
     overrides = [*settings, *(f"{key}={value}" for key, value in more.items())]
     return resolve(experiment, facts=read_facts(), profile=profile, overrides=overrides).experiment
 
@@ -26,28 +28,30 @@ def experiment_of_stage(
 def prepare(source: str, out: Path, *, experiment: str, profile: str,
             settings: Sequence[str]) -> dict[str, int]:  # fmt: skip
     """Fetch the source where it is a URL, and write its splits; the number of rows of each."""
+    from gemmate_lib.models import load_tokenizer
     from gemmate_lib.preparation import prepare_rows
     from gemmate_lib.transfer import download, only_file
 
     if "://" in source:
         source = str(only_file(download(source, out.with_name(f"{out.name}-source"))))
-    dataset = experiment_of_stage(experiment, profile, settings).dataset
-    return prepare_rows(source, out, dataset=dataset)
+    chosen = experiment_of_stage(experiment, profile, settings)
+    tokenizer = load_tokenizer(chosen.model.id, chosen.model.revision)
+    return prepare_rows(source, out, dataset=chosen.dataset, tokenizer=tokenizer)
 
 
 def train(data: Path, out: Path, *, experiment: str, profile: str,
           settings: Sequence[str]) -> dict[str, float]:  # fmt: skip
-    """Fine-tune on prepared rows; first and last losses, and the number of steps."""
+    """Fine-tune on prepared rows, whose columns are the source's still; losses and steps."""
     chosen = experiment_of_stage(experiment, profile, settings, dataset=data)
     from gemmate_lib.sft import finetune_model
 
-    # Columns were mapped, and the limit taken, when the rows were prepared.
     return finetune_model(chosen, out=out, resume="last").metrics
 
 
 def evaluate(run: Path, before: Path, after: Path, *, limit: int | None = None) -> dict[str, float]:
     """Measure the base and the run on the test split; the run's numbers."""
     quiet()
+    fetch_token()
     from gemmate_lib.evaluate import evaluate_run, write_evaluation
     from gemmate_lib.sft import load_run
 

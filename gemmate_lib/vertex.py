@@ -8,7 +8,6 @@ Old tutorials send pipelines by `kfp.v2.google.client.AIPlatformClient`, which n
 """
 
 import json
-import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.cards import card_paths
-from gemmate_lib.config import Experiment, GemmateError, among
+from gemmate_lib.config import PROFILES, Experiment, GemmateError, among
 from gemmate_lib.launch import Cluster, check_cluster
 from gemmate_lib.prices import Machine, find_machine
 from gemmate_lib.remote import (
+    TOKEN,
     check_bucket,
+    check_secret,
     for_the_cloud,
     home_in,
     need,
@@ -33,9 +34,7 @@ if TYPE_CHECKING:
 
 IMAGE = "python:3.12"  # it brings a compiler, which some kernels ask for; torch comes by the lock
 TASK = "gemmate_lib.cloud_task"
-TOKEN = "GEMMATE_HF_TOKEN_SECRET"  # names the secret; gemmate_lib/cloud_task.py reads it
 GRACE = 0.5  # hours for what is no training: installing, saving, copying
-_SECRET = re.compile(r"projects/[\w-]+/secrets/[\w-]+/versions/\w+")
 # What runs in a plain image: the package, what it declares, then the training.
 UNPACK = ("set -e; mkdir -p /opt/gemmate; tar -xzf {package} -C /opt/gemmate; cd /opt/gemmate; "
           'python -m pip install -q -r requirements.txt; exec python task.py "$@"')  # fmt: skip
@@ -150,7 +149,7 @@ def create_training_job(
     if row.count > 1:
         check_cluster(Cluster(row.count), experiment)
     refuse_local(experiment)
-    _check_secret(hf_token_secret)
+    check_secret(hf_token_secret)
     home = home_in(bucket, experiment)
     chosen = for_the_cloud(experiment, home, max_hours=max_hours)
     machine = {"machine_type": machine_type, "accelerator_type": row.accelerator,
@@ -185,12 +184,6 @@ def _options(account: str | None, *, hours: float | None, spot: bool) -> dict[st
     }
 
 
-def _check_secret(secret: str | None) -> None:
-    if secret is not None and not _SECRET.fullmatch(secret):
-        problem = "hf_token_secret names a secret, and is not the token itself"
-        raise GemmateError(f"{problem}. Write projects/PROJECT/secrets/NAME/versions/latest.")
-
-
 def _task(home: str, container: str | None, *, processes: int) -> dict[str, Any]:
     """Image, command and arguments of the training."""
     words = ["--experiment", f"{home}/input", "--out", f"{home}/run"]
@@ -217,24 +210,11 @@ def _remarks(chosen: Experiment, asked: Experiment, secret: str | None) -> tuple
     return tuple(found)
 
 
-def own_credentials() -> Any:
-    """Your own credentials for Google Cloud. Raises: GemmateError where there are none."""
-    need("google.cloud.aiplatform", "A job of Vertex AI")
-    import google.auth
-    from google.auth.exceptions import DefaultCredentialsError
-
-    try:
-        return google.auth.default(["https://www.googleapis.com/auth/cloud-platform"])[0]
-    except DefaultCredentialsError:
-        said = "There are no credentials for Google Cloud here"
-        remedy = "Make some: gcloud auth application-default login"
-        raise GemmateError(f"{said}. {remedy}") from None
-
-
 def create_pipeline_job(
     definition: str | Path,
     *,
     source: str,
+    profile: str,
     project: str,
     location: str,
     staging_bucket: str,
@@ -244,9 +224,9 @@ def create_pipeline_job(
 ) -> "PipelineJob":
     """Build the job of a compiled pipeline; nothing is sent before its `submit`.
 
-    definition: what `compile_pipeline` wrote. source: the URL of its data. arguments: the
-        pipeline's. The account it acts as is given to `submit(service_account=…)`.
-    Raises: GemmateError for a bucket that is none, or data on this machine alone.
+    definition: what `compile_pipeline` wrote. source: the URL of its data. profile: of the GPU that
+        trains. arguments: the pipeline's. Its account is given to `submit(service_account=…)`.
+    Raises: GemmateError for a bucket that is none, data on this machine alone, or profile auto.
     """
     need("google.cloud.aiplatform", "A pipeline of Vertex AI")
     from google.auth.credentials import AnonymousCredentials
@@ -256,11 +236,14 @@ def create_pipeline_job(
     if "://" not in source and source not in card_paths():
         remedy = f"Copy it with: gemmate cloud upload {source} {bucket}/data"
         raise GemmateError(f"The pipeline will not see {source}. {remedy}")
+    if among(profile, (*PROFILES, "auto"), "profile") == "auto":
+        problem = "With profile auto each component would ask its own machine"
+        raise GemmateError(f"{problem}. Name the one of the GPU that trains: t4, ampere or full.")
     return aiplatform.PipelineJob(
         display_name="gemmate",
         template_path=str(definition),
         pipeline_root=f"{bucket}/pipeline",
-        parameter_values={"source": source, **arguments},
+        parameter_values={"source": source, "profile": profile, **arguments},
         enable_caching=enable_caching,
         project=project,
         location=location,

@@ -16,11 +16,11 @@ from gemmate_lib.cloud_task import read_experiment
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.pipeline import compile_pipeline
 from gemmate_lib.prices import find_machine, read_prices, resolve_on
+from gemmate_lib.remote import fetch_token, own_credentials
 from gemmate_lib.vertex import (
     TrainingJob,
     create_pipeline_job,
     create_training_job,
-    own_credentials,
 )
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -72,7 +72,7 @@ def test_the_pipeline_compiles_to_its_golden_file(kind: str, tmp_path: Path) -> 
     options: dict[str, Any] = {"enable_caching": kind == "cpu"}
     if kind == "gpu":
         image = "us-docker.pkg.dev/my-project/train/gemmate:1"
-        options |= {"image": image, "accelerator": "NVIDIA_L4"}
+        options |= {"image": image, "accelerator": "NVIDIA_L4", "hf_token_secret": SECRET}
     text = compile_pipeline(tmp_path / "p.yaml", **options).read_text("utf-8")
     equals_golden(f"pipeline_{kind}.yaml", text)
     tasks = yaml.safe_load(text)["root"]["dag"]["tasks"]
@@ -197,6 +197,10 @@ def test_the_account_is_looked_for_only_to_send(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
     with pytest.raises(GemmateError, match="gcloud auth application-default login"):
         own_credentials()
+    fetch_token()  # no secret is named: nothing is looked for
+    monkeypatch.setenv("GEMMATE_HF_TOKEN_SECRET", SECRET)
+    with pytest.raises(GemmateError, match="no credentials for Google Cloud"):
+        fetch_token()
 
 
 def test_a_region_that_vertex_does_not_know() -> None:
@@ -215,7 +219,7 @@ def test_a_cpu_profile_is_remarked_on() -> None:
 def test_a_pipeline_job(tmp_path: Path) -> None:
     path = compile_pipeline(tmp_path / "p.yaml", image="python:3.12")
     job = create_pipeline_job(
-        path, source="gs://bucket/data", limit=8, enable_caching=False, **WHERE
+        path, source="gs://bucket/data", profile="t4", limit=8, enable_caching=False, **WHERE
     )
     request = job._gca_resource
     assert request.runtime_config.gcs_output_directory == "gs://my-bucket/pipeline"
@@ -224,7 +228,9 @@ def test_a_pipeline_job(tmp_path: Path) -> None:
     tasks = dict(request.pipeline_spec["root"]["dag"]["tasks"])
     assert not any(task["cachingOptions"].get("enableCache") for task in tasks.values())
     with pytest.raises(GemmateError, match=r"will not see rows\.jsonl"):
-        create_pipeline_job(path, source="rows.jsonl", **WHERE)
+        create_pipeline_job(path, source="rows.jsonl", profile="t4", **WHERE)
+    with pytest.raises(GemmateError, match="each component would ask its own machine"):
+        create_pipeline_job(path, source="tiny_quotes", profile="auto", **WHERE)
 
 
 @pytest.mark.parametrize("package", ["kfp", "google.cloud.aiplatform", "google.genai"])

@@ -53,7 +53,7 @@ def test_what_it_published_is_what_it_trained(whole: Outcome) -> None:
 
 
 def test_kfp_still_skips_what_hangs_on_a_condition(tmp_path: Path) -> None:
-    """kfp 2.16.1: `enhanced_dag_orchestrator.py` fails to work out each condition and skips its branch.
+    """kfp 2.16.1, enhanced_dag_orchestrator.py: no condition is worked out, its branch is skipped.
 
     When this fails, put publishing behind dsl.If in gemmate_lib/pipeline.py.
     """
@@ -81,6 +81,6 @@ def test_kfp_still_skips_what_hangs_on_a_condition(tmp_path: Path) -> None:
 
 def test_what_stops_a_component_is_said_in_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"colour": "red"}\n')
-    with pytest.raises(GemmateError, match="The columns .* match no form") as refused:
+    with pytest.raises(GemmateError, match=r"The columns .* match no form") as refused:
         run_here(tmp_path / "rows.jsonl", tmp_path / "out", profile="tiny")
     assert "\n" not in str(refused.value) and "log.txt" in str(refused.value)

@@ -7,6 +7,7 @@ import pytest
 
 from gemmate_lib.config import DatasetConfig, GemmateError
 from gemmate_lib.data import load_dataset_splits
+from gemmate_lib.models import load_tokenizer
 from gemmate_lib.preparation import find_documents, pieces, prepare_rows, read_document
 
 
@@ -58,22 +59,35 @@ def rows_of(folder: Path, split: str) -> list[dict[str, str]]:
 
 
 def test_documents_stay_in_one_split(library: Path, tmp_path: Path) -> None:
-    counts = prepare_rows(library, tmp_path / "out", characters=300)
+    config = DatasetConfig(max_length=102, near_duplicate=1)
+    counts = prepare_rows(library, tmp_path / "out", dataset=config)
     rows = {split: rows_of(tmp_path / "out", split) for split in counts}
     assert {split: len(rows[split]) for split in counts} == counts and min(counts.values()) > 0
     names = {split: {row["source"] for row in rows[split]} for split in counts}
     assert not names["train"] & names["test"] and not names["train"] & names["validation"]
     assert set().union(*names.values()) == {*(f"{i}.txt" for i in range(8)), "nine.md", "ten.PDF"}
-    assert all(len(row["text"]) <= 300 for each in rows.values() for row in each)
+    assert all(len(row["text"]) < 303 for each in rows.values() for row in each)
     loaded = load_dataset_splits(DatasetConfig(id=str(tmp_path / "out")))
     assert loaded.form == "text" and len(loaded.train) == counts["train"]
 
 
+def test_pieces_are_as_long_as_a_row_may_be(library: Path, tmp_path: Path) -> None:
+    """Counted by the tokenizer that training counts with: none is dropped as too long."""
+    tokenizer, config = load_tokenizer("tiny-gemma"), DatasetConfig(max_length=64, near_duplicate=1)
+    prepare_rows(library, tmp_path / "out", dataset=config, tokenizer=tokenizer)
+    config = config.model_copy(update={"id": str(tmp_path / "out")})
+    found = load_dataset_splits(config, tokenizer=tokenizer).report
+    assert found.length_checked and found.over_long == 0
+    words = [len(tokenizer(row["text"])["input_ids"]) for row in rows_of(tmp_path / "out", "train")]
+    assert sum(words) / len(words) > 32  # and they are no crumbs
+
+
 def test_nothing_of_a_document_is_lost(library: Path) -> None:
-    for path in find_documents(library):
-        text = read_document(path)
-        found = " ".join(pieces(text, 120))
-        assert found.replace(" ", "") == "".join(text.split())
+    texts = [read_document(path) for path in find_documents(library)]
+    for text in [*texts, "x" * 1000, "One. " + "y" * 300 + " two", "a\u00a0b\n \n\tc"]:
+        found = list(pieces(text, 120))
+        assert "".join("".join(found).split()) == "".join(text.split())
+        assert all(0 < len(piece) <= 120 for piece in found)
 
 
 def test_a_table_is_cleaned_and_split_as_the_course_does_it(tmp_path: Path) -> None:
