@@ -10,6 +10,7 @@ from gemmate_lib.cli_continual import continual
 from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
+from gemmate_lib.cli_serve import serve
 from gemmate_lib.cli_shipped import (
     Overrides,
     Profile,
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(runs_app)
 app.command()(search)
 app.command()(continual)
+app.command()(serve)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
