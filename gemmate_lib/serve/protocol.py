@@ -1,7 +1,7 @@
 """HTTP/1.1 as uvicorn speaks it, with a client that is slow to say what it wants sent away.
 
-uvicorn 0.40 waits for the head of a request for ever, so a few silent clients would hold every
-connection there may be.
+uvicorn 0.54 waits for the head of a request for ever, so a few silent clients would hold every
+connection there may be. Delete this when the canary in tests/integration/test_serve_api.py fails.
 """
 
 import asyncio

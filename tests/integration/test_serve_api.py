@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+import uvicorn
 from serving import AT, BASE, PROMPTS, Alone, make_runs
 
 from gemmate_lib import timestamps
@@ -426,7 +427,9 @@ def test_a_body_is_not_read_beyond_its_limit(address: str) -> None:
     with httpx.Client(headers=head) as http:
         for body in (b" " * 20_001, endless()):
             with contextlib.suppress(httpx.WriteError):  # it may be closed on us first
-                refused(http.post(f"{address}/v1/completions", content=body), 413)
+                reply = http.post(f"{address}/v1/completions", content=body)
+                refused(reply, 413)
+                assert reply.headers["connection"] == "close"  # or it would go on reading
         ok = json.dumps(PLAIN).encode()
         fits = http.post(f"{address}/v1/completions", content=ok + b" " * (20_000 - len(ok)))
         assert fits.status_code == 200
@@ -454,6 +457,23 @@ def test_silent_clients_are_sent_away(
             raw.sendall(b"GET /hea")
             while raw.recv(4096):
                 pass
+
+
+def test_uvicorn_still_waits_for_ever(app: Any) -> None:
+    """A canary: where it does not, gemmate_lib/serve/protocol.py is needed no more."""
+    config = uvicorn.Config(app, http="h11", lifespan="off", log_config=None, timeout_keep_alive=0)
+    plain = uvicorn.Server(config)
+    with server.bind("127.0.0.1", 0) as listener:
+        thread = threading.Thread(target=plain.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not plain.started:
+            time.sleep(0.01)
+        with socket.create_connection(listener.getsockname(), timeout=0.5) as raw:
+            raw.sendall(b"GET /")
+            with pytest.raises(TimeoutError):
+                raw.recv(100)
+        plain.should_exit = plain.force_exit = True
+        thread.join()
 
 
 def test_overload_is_answered_at_once(runs: dict[str, Run], alone: Alone) -> None:

@@ -11,6 +11,7 @@ from serving import AT, BASE, PROMPTS, Alone, make_runs
 from small_run import make_run
 
 from gemmate_lib import timestamps
+from gemmate_lib.adapters import attach_lora
 from gemmate_lib.config import GemmateError, LoraSettings, ModelConfig
 from gemmate_lib.generate import generate_texts
 from gemmate_lib.models import load_base
@@ -216,6 +217,18 @@ def test_dora_and_rslora_are_served_too(engine: Engine, alone: Alone, tmp_path: 
     answers = [engine.submit(Ask(n, p, 10, timestamp=at(n))) for p in PROMPTS[:3] for n in names]
     for answer in answers:
         same(answer, own if answer.ask.model in made else alone, 10)
+
+
+@pytest.mark.parametrize(
+    ("kind", "time", "why"), [("dora", None, "DoRA is enabled"), ("lora", "log", "only supported")]
+)
+def test_peft_still_mixes_neither_dora_nor_encoders(kind: str, time: Any, why: str) -> None:
+    """A canary: where it does, they need no batches of their own (gemmate_lib/serve/fleet.py)."""
+    base = load_base(ModelConfig(temporal_kind=time))
+    model = attach_lora(base.model, LoraSettings(), seed=0, kind=kind).eval()
+    given = {"timestamps": torch.tensor([AT])} if time else {}
+    with pytest.raises((ValueError, TypeError), match=why):
+        model(input_ids=torch.tensor([[2, 5]]), adapter_names=["default"], **given)
 
 
 def test_a_window_that_slides_and_a_base_in_four_bits(tmp_path: Path) -> None:

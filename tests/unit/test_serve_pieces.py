@@ -78,3 +78,5 @@ def test_a_stop_text_ends_the_answer_before_it(name: str, text: str, stop: list[
     assert not any(each in said for each in stop)
     assert full.startswith(said)
     assert said == full if not ends else len(said) >= min(ends)
+    alone = "".join(told(tokenizer, tokens, (stop[0],)))
+    assert alone == full.partition(stop[0])[0]
