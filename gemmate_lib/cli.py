@@ -21,6 +21,7 @@ from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_monitor import monitor_app
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
+from gemmate_lib.cli_serve import serve
 from gemmate_lib.cli_shipped import (
     Overrides,
     Profile,
@@ -41,6 +42,7 @@ app.add_typer(runs_app)
 app.add_typer(monitor_app)
 app.command()(search)
 app.command()(continual)
+app.command()(serve)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
