@@ -68,7 +68,7 @@ def list_versions(registry: Where, as_json: AsJson = False) -> None:
         typer.echo(json.dumps({"versions": rows, "tags": tags, "faults": faults}))
     else:
         told = [line for row in rows for line in _told_of(row)]
-        typer.echo("\n".join([*_HEAD * any(rows), *told, *faults]) or f"{registry} is empty.")
+        typer.echo("\n".join([*_HEAD * any(rows), *told, *faults]) or "The registry is empty.")
     raise typer.Exit(1 if faults else 0)
 
 
@@ -176,6 +176,7 @@ def _weigh(
     """Print what the comparison says; with `force`, what it cannot say is printed and passed."""
     from gemmate_lib.config import GemmateError
     from gemmate_lib.promotion import compare_versions, weigh
+    from gemmate_lib.tags import short
 
     try:
         found = weigh(compare_versions(place, production, candidate, limit=limit), metrics or ())
@@ -184,7 +185,8 @@ def _weigh(
             raise
         typer.echo(f"not compared: {error}")
         return None
-    typer.echo("\n".join(found.lines()))
+    both = f"{short(candidate.digest)} less {short(production.digest)}"
+    typer.echo("\n".join([f"{both}, on the same test rows:", *found.lines()]))
     return found
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,7 @@ class Place:
     def __init__(self, url: str | Path) -> None:
         from fsspec.implementations.local import LocalFileSystem
 
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what we say ourselves
         storage = FsspecStorage(str(url))
         self.fs, self.root = storage.fs, storage.root
         self.local = isinstance(self.fs, LocalFileSystem)
