@@ -8,18 +8,16 @@ Holm 1979, https://www.jstor.org/stable/4615733
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gemmate_lib.config import GemmateError, among
 from gemmate_lib.evaluate import Evaluation, compare_models, evaluate_model
 from gemmate_lib.evaluation import MAIN
-from gemmate_lib.machine import runs_home
 from gemmate_lib.registry import Registry
 from gemmate_lib.sft import Run, load_run, load_splits, open_run
 from gemmate_lib.stats import Comparison
 from gemmate_lib.tags import short
-from gemmate_lib.versions import Version
+from gemmate_lib.versions import Version, cache_home
 
 LEVEL = 0.05
 
@@ -70,11 +68,6 @@ def weigh(found: Mapping[str, Comparison], metrics: Collection[str] = ()) -> Evi
             break
         worse += [name] * (found[name].verdict() == "worse")
     return Evidence(dict(found), tuple(deciding), tuple(worse))
-
-
-def cache_home() -> Path:
-    """Where this machine keeps the versions that it fetched."""
-    return runs_home() / ".versions"
 
 
 def compare_versions(

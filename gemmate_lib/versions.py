@@ -25,6 +25,7 @@ from pydantic import BaseModel
 from gemmate_lib.config import Experiment, GemmateError
 from gemmate_lib.evaluation import MAIN
 from gemmate_lib.hub import UPLOADED
+from gemmate_lib.machine import runs_home
 from gemmate_lib.manifest import file_sha256
 from gemmate_lib.place import Place
 from gemmate_lib.settings import digest
@@ -188,6 +189,11 @@ class Versions:
             with contextlib.suppress(OSError):  # another process was there first, with the same
                 staged.rename(folder)
         return folder
+
+
+def cache_home() -> Path:
+    """Where this machine keeps the versions that it fetched."""
+    return runs_home() / ".versions"
 
 
 def _known(name: str) -> bool:
