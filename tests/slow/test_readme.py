@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 # The suite itself, and what needs a server or hours.
-ELSEWHERE = ("make ",)
+ELSEWHERE = ("make ", "gemmate serve ")
 
 
 def commands() -> list[str]:
