@@ -1,9 +1,11 @@
 """Adapters over one base: put on and taken off while it serves, each as `open_run` would load it.
 
-Plain adapters are mixed in one batch, row by row (PEFT's `adapter_names`). PEFT refuses that for
-DoRA, and for what an adapter brings beside its matrices, as GemmaTE brings its encoder: these have
-batches of their own. A time-aware run is a second model over the very layers of the base, with the
-run's encoder in it; so the base and the plain adapters never see an encoder.
+Plain adapters are mixed in one batch, row by row (PEFT's `adapter_names`). peft 0.21.2 refuses that
+for DoRA, and for what an adapter brings beside its matrices, as GemmaTE brings its encoder (the
+canary is in tests/integration/test_serve_engine.py): these have batches of their own.
+
+A time-aware run is a second model over the very layers of the base, with the run's encoder in it;
+so the base and the plain adapters never see an encoder.
 """
 
 import itertools
