@@ -16,7 +16,7 @@ from typing import Any
 
 from common import HIDDEN, parser_for, ratios, report, spread, where, write
 
-ROUNDS, TOKENS, CONCURRENCY = 5, 24, (1, 2, 4, 8, 16)
+ROUNDS, TOKENS, CONCURRENCY = 3, 24, (1, 2, 4, 8, 16)
 MIXED, EACH, ONE = "mixed batches", "a batch for each", "one adapter"
 NAMES = ("first", "second", "third")
 STARTS = (
@@ -103,7 +103,7 @@ async def crowd(
 
 def workload(arm: str, at_once: int) -> list[tuple[str, str]]:
     """Which model is asked what; the same for each round."""
-    number = 24 + 6 * at_once
+    number = 18 + 6 * at_once
     names = NAMES[:1] if arm == ONE else NAMES
     return [(names[i % len(names)], f"{STARTS[i % 6]} {i // 6 % 7}") for i in range(number)]
 

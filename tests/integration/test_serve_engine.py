@@ -177,6 +177,25 @@ def test_a_run_is_added_replaced_and_removed_while_it_serves(
     same(engine.submit(Ask("when", PROMPTS[0], 12, timestamp=AT)), alone, 12)
 
 
+def test_a_run_that_adapts_other_layers_touches_nobody(tmp_path: Path) -> None:
+    """Its new layers must not answer for rows that were under way before they were there."""
+    names = {"a": ("q_proj",), "b": ("q_proj", "v_proj"), "wide": "auto"}
+    for weights, (name, layers) in enumerate(names.items()):
+        lora = LoraSettings(target_modules=layers)
+        make_run(tmp_path / name, ModelConfig(), "Quote", weights=weights, lora=lora)
+    runs = {name: load_run(tmp_path / name) for name in names}
+    alone, engine = Alone(runs), open_engine({name: runs[name] for name in "ab"})
+    running = [engine.submit(Ask(name, "", 90)) for name in ("a", "b", BASE)]
+    for answer in running:
+        next(iter(answer))
+    engine.add("wide", runs["wide"])
+    assert not any(answer.done for answer in running)
+    for answer in running:
+        same(answer, alone, 90)
+    same(engine.submit(Ask("wide", PROMPTS[0], 12)), alone, 12)
+    engine.close()
+
+
 def test_what_cannot_be_served_is_refused_and_leaves_nothing(
     engine: Engine, runs: dict[str, Run], alone: Alone, tmp_path: Path
 ) -> None:
