@@ -19,6 +19,7 @@ from gemmate_lib.cli_launch import (
 )
 from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_monitor import monitor_app
+from gemmate_lib.cli_registry import registry_app
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
 from gemmate_lib.cli_serve import serve
@@ -47,6 +48,7 @@ app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
 app.add_typer(cloud_app, name="cloud")
+app.add_typer(registry_app, name="registry")
 app.command("methods")(methods)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     bench

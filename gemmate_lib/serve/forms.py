@@ -25,6 +25,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True, False), "store": (None, False),
 }  # fmt: skip
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
+COLDEST = 1e-6  # below it a score over the temperature can be infinite: that is greedy
 Name = Annotated[str, Field(max_length=200)]
 
 
@@ -68,8 +69,10 @@ class Wanted(_Form):
             time = timestamps.parse(self.timestamp, where="timestamp")
         except GemmateError as error:
             raise Refused(str(error), param="timestamp") from None
+        temperature = self.temperature or 0.0
+        temperature = temperature if temperature >= COLDEST else 0.0
         return Ask(
-            self.model, prompt, self.max_tokens, self.temperature or 0.0,
+            self.model, prompt, self.max_tokens, temperature,
             1.0 if self.top_p is None else self.top_p, self.seed,
             None if time == timestamps.MISSING else time, tuple(stop),
         )  # fmt: skip
@@ -179,7 +182,8 @@ def _same_number(value: Any, other: Any) -> bool:
 def _named(error: ValidationError) -> Refused:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[(]", str(part)))
-    where, param = where[:100], str(first["loc"][0])[:100]
+    where = where[:100] or "The body"  # a name that is no text is nowhere
+    param = str(first["loc"][0])[:100] if first["loc"] else None
     if first["type"] == "extra_forbidden":
         return Refused(f"{where} is not known here. Leave it out.", param=param,
                        code="unknown_parameter")  # fmt: skip

@@ -49,10 +49,12 @@ class Pieces:
 
     def _safe(self, text: str) -> int:
         """How much of a text can be no beginning of a stop text."""
+        new = len(text) - self._sent  # what was sent before can be the beginning of none
         longest = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            (n for stop in self._stop for n in range(1, min(len(stop), new + 1))
+             if text.endswith(stop[:n])),
             default=0,
-        )
+        )  # fmt: skip
         return len(text) - longest
 
     def _send(self, text: str, until: int) -> str:

@@ -246,6 +246,9 @@ class Worker:
             self._end(request)
         elif request.answer.out_of_time():
             self._end(request, error=too_late(self._limits.seconds))
+        elif request.broken:
+            message = f"The scores of {request.answer.ask.model} are not finite. See its training."
+            self._end(request, error=Refused(message, status=500, code="model_failed"))
         return request.answer.done
 
     def _end(
