@@ -7,6 +7,7 @@ import typer
 
 import gemmate_lib.cli_quality  # noqa: F401  (its commands stand beside those of cli_shipped)
 from gemmate_lib.cli_continual import continual
+from gemmate_lib.cli_export import export
 from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.add_typer(runs_app)
 app.command()(search)
 app.command()(continual)
+app.command()(export)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")

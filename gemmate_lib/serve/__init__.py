@@ -1,0 +1,1 @@
+"""Several adapters behind one API: the base is in memory once, each run an adapter on it."""
