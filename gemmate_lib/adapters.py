@@ -189,13 +189,7 @@ def load_adapter(
     from peft import PeftModel
     from safetensors import SafetensorError
 
-    config = read_adapter_config(directory)
-    refuse_pickled_adapter(directory)
-    _refuse_other_time(base, directory, config)
-    if not force:
-        _refuse_other_base(base, directory, str(config.base_model_name_or_path))
-    if hasattr(config, "fan_in_fan_out"):
-        config.fan_in_fan_out = _transposed(base.model)  # 4-bit layers and Conv1D differ in it
+    config = fitting_config(base, directory, force=force)
     try:
         with known_peft_warnings():
             model = PeftModel.from_pretrained(
@@ -209,6 +203,23 @@ def load_adapter(
     if isinstance(getattr(config, "target_modules", None), set):
         config.target_modules = sorted(config.target_modules)
     return model
+
+
+def fitting_config(
+    base: "LoadedModel", directory: str | Path, *, force: bool = False
+) -> "PeftConfig":
+    """The settings of a saved adapter, made to fit its base.
+
+    Raises: GemmateError as `load_adapter` does.
+    """
+    config = read_adapter_config(directory)
+    refuse_pickled_adapter(directory)
+    _refuse_other_time(base, directory, config)
+    if not force:
+        _refuse_other_base(base, directory, str(config.base_model_name_or_path))
+    if hasattr(config, "fan_in_fan_out"):
+        config.fan_in_fan_out = _transposed(base.model)  # 4-bit layers and Conv1D differ in it
+    return config
 
 
 def temporal_settings(directory: str | Path) -> dict[str, Any]:

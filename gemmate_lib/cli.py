@@ -11,6 +11,7 @@ from gemmate_lib.cli_export import export
 from gemmate_lib.cli_methods import methods
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
+from gemmate_lib.cli_serve import serve
 from gemmate_lib.cli_shipped import (
     Overrides,
     Profile,
@@ -32,6 +33,7 @@ app.add_typer(runs_app)
 app.command()(search)
 app.command()(continual)
 app.command()(export)
+app.command()(serve)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")

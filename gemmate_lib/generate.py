@@ -60,7 +60,7 @@ def generate_texts(
     """
     import torch
 
-    ends = _end_tokens(model, tokenizer) if stop_at_eos else []
+    ends = end_tokens(model, tokenizer) if stop_at_eos else []
     settings = _settings(tokenizer, max_new_tokens, ends)
     if do_sample:
         settings.update(do_sample=True, temperature=temperature, top_p=top_p, top_k=0)
@@ -130,7 +130,7 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     return [bos, *ids]
 
 
-def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
     """EOS, and what else ends a turn for this model (Gemma's instruction-tuned ones: two)."""
     theirs = model.generation_config.eos_token_id
     found = {tokenizer.eos_token_id, *(theirs if isinstance(theirs, list) else [theirs])}

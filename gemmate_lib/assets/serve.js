@@ -90,7 +90,7 @@ function chosen() {
   const whose = readers.length === 2 ? "both models" : `the ${readers[0]} model`;
   by("when-hint").textContent =
     `The time is UTC, whatever the time zone of this computer, and goes to ${whose}. ` +
-    "Empty: the server takes its own time.";
+    "Empty: none is sent.";
 }
 
 function now() {

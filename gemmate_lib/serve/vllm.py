@@ -38,7 +38,7 @@ def vllm_command(runs: Mapping[str, "Run"]) -> str:
     revision = base.revision or PRESETS.get(base.id)
     options = [
         ["vllm", "serve", str(path.resolve()) if path.is_dir() else base.id],
-        ["--served-model-name", base.id],
+        ["--served-model-name", path.name if Path(base.id).is_dir() else base.id],
         ["--revision", revision] if revision else [],
         ["--dtype", "float16" if dtypes == {"float16"} else "bfloat16"],
         ["--enable-lora"],

@@ -7,6 +7,7 @@ of their own, a generated token carries the time of the last one.
 Shapes: `B` batch, `T` tokens, `D` hidden size, `V` words of the vocabulary.
 """
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -167,12 +168,31 @@ def from_base(model: Any, *, kind: str = "log", tau: float = TAU) -> Any:
         raise GemmateError(f"{type(model).__name__} has no time-aware twin. Use Gemma or Gemma-2.")
     config, twin = twin_of(model.config, kind=kind, tau=tau)
     config._attn_implementation = model.config._attn_implementation
+    made = _over_modules_of(model, twin, config)
+    made.model.temporal = TemporalEncoder(kind, config.hidden_size, tau=tau).to(model.device)
+    return made
+
+
+def beside(model: Any, *, kind: str, tau: float = TAU) -> Any:
+    """Return a time-aware model over the modules of another, with an encoder of its own.
+
+    The other one may be time-aware itself: then the encoder starts as a copy of its own.
+    Raises: GemmateError as `from_base` does.
+    """
+    own = getattr(model, "temporal", None)
+    if own is None:
+        return from_base(model, kind=kind, tau=tau)
+    made = _over_modules_of(model, type(model), model.config)
+    made.model.temporal = copy.deepcopy(own)
+    return made
+
+
+def _over_modules_of(model: Any, twin: Any, config: Any) -> Any:
     with torch.device("meta"):  # its own weights are never needed
         made = twin(config)
     for name, module in model.model.named_children():
         setattr(made.model, name, module)
     made.lm_head = model.lm_head
-    made.model.temporal = TemporalEncoder(kind, config.hidden_size, tau=tau).to(model.device)
     made.generation_config = model.generation_config
     for name in ("is_quantized", "is_loaded_in_4bit", "hf_quantizer", "quantization_method"):
         if hasattr(model, name):  # what Trainer and PEFT ask a quantized model
