@@ -56,11 +56,14 @@ async function load() {
   try {
     const body = await (await asked("v1/models")).json();
     show(body.data);
+    by("ask").hidden = by("answers").hidden = false;
     by("key-form").hidden = true;
     problem("");
     return true;
   } catch (error) {
-    problem(error instanceof Refused ? error.message : "The server's list of models is unreadable.");
+    const wanted = key === null && !by("key-form").hidden; // the form says it already
+    const said = error instanceof Refused ? error.message : "The list of models is unreadable.";
+    problem(wanted ? "" : said);
     return false;
   }
 }

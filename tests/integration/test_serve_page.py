@@ -359,6 +359,7 @@ def test_the_key_is_asked_for_and_kept_in_memory_alone(chromium: Any, engine: En
     with served(engine, KEY) as (address, _), opened(chromium, address, models=False) as page:
         page.wait_for_selector("#key-form:not([hidden])")
         assert page.evaluate("document.activeElement.id") == "key"
+        assert page.locator("#ask").is_hidden() and page.locator("#problem").is_hidden()
         page.keyboard.type("another")
         page.keyboard.press("Enter")
         page.get_by_text("did not accept").wait_for()

@@ -4,7 +4,9 @@ import json
 import subprocess
 
 import pytest
+from typer.testing import CliRunner
 
+from gemmate_lib.cli import app
 from gemmate_lib.config import PRESETS, Experiment, GemmateError
 from gemmate_lib.manifest import write_manifest
 from gemmate_lib.models import EMBEDDED
@@ -112,3 +114,11 @@ def test_one_base_at_a_time(make):
     runs = {"a": make("one"), "b": make("two", model={"id": "tiny-gemma"})}
     with pytest.raises(GemmateError, match=r"google/gemma-2b, tiny-gemma\. Start one for each"):
         vllm_command(runs)
+
+
+def test_the_option_of_serve_prints_it_and_serves_nothing(make):
+    run = make("mine")
+    done = CliRunner().invoke(app, ["serve", str(run.directory), "--name", "a", "--print-vllm"])
+    assert done.exit_code == 0 and done.output.strip() == vllm_command({"a": run})
+    nothing = CliRunner().invoke(app, ["serve", "--runs", "x", "--print-vllm"])
+    assert isinstance(nothing.exception, GemmateError)
