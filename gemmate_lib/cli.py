@@ -9,6 +9,7 @@ import gemmate_lib.cli_quality  # noqa: F401  (its commands stand beside those o
 from gemmate_lib.cli_continual import continual
 from gemmate_lib.cli_export import export
 from gemmate_lib.cli_methods import methods
+from gemmate_lib.cli_registry import registry_app
 from gemmate_lib.cli_runs import Limit, runs_app
 from gemmate_lib.cli_search import search
 from gemmate_lib.cli_serve import serve
@@ -37,6 +38,7 @@ app.command()(serve)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")
 app.add_typer(config_app, name="config")
+app.add_typer(registry_app, name="registry")
 app.command("methods")(methods)
 app.command("bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(
     bench

@@ -20,6 +20,14 @@ def serve(
         Path | None,
         typer.Option("--runs", help="Serve what is in this folder, and what appears in it."),
     ] = None,
+    registry: Annotated[
+        str | None,
+        typer.Option(envvar="GEMMATE_REGISTRY", help="With --tag: a folder or an fsspec URL."),
+    ] = None,
+    tag: Annotated[
+        list[str] | None,
+        typer.Option(help="Serve what this tag of the registry names, and follow it; repeatable."),
+    ] = None,
     host: Annotated[str, typer.Option(help="Another one needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
     key_file: Annotated[
@@ -40,12 +48,15 @@ def serve(
         return
     server.check_installed()
     from gemmate_lib.serve.api import build_app
+    from gemmate_lib.serve.follow import TagFollower
     from gemmate_lib.serve.gate import LOOPBACK
     from gemmate_lib.serve.limits import read_limits
     from gemmate_lib.serve.opening import Follower, name_runs, open_engine, runs_to_begin_with
 
     limits, key = read_limits(settings or ()), server.read_key(key_file, host=host)
     found = name_runs(runs or [], name or ())
+    tags = TagFollower(registry, tag, taken=found) if tag else None
+    found |= tags.runs if tags else {}
     first = found or runs_to_begin_with(follow)
     listener = server.bind(host, port)
     with listener:
@@ -53,8 +64,10 @@ def serve(
         follower = Follower(engine, follow) if follow else None
         if follower:
             follower.start()
+        if tags:
+            tags.start(engine)
         hosts = {*LOOPBACK, host} if server.is_loopback(host) else None
-        app = build_app(engine, limits, key, hosts=hosts)
+        app = build_app(engine, limits, key, hosts=hosts, follower=tags)
         address = server.address_of(listener)
         try:
             server.run(app, engine, listener, limits=limits,
@@ -62,6 +75,8 @@ def serve(
         finally:
             if follower:
                 follower.stop()
+            if tags:
+                tags.stop()
     typer.echo("stopped; what ran was finished")
 
 

@@ -19,6 +19,12 @@ HIGHER_IS_BETTER |= {"accuracy": True, "exact": True, "f1": True, "unparsed": Fa
 HIGHER_IS_BETTER |= {"rouge1": True, "rouge2": True, "rougeL": True, "chrf": True}
 HIGHER_IS_BETTER |= {"html": False, "repetition": False, "memorised": False}
 
+# What a task is for; the rest (forms, repetition, forgetting) is there to be looked at.
+MAIN = (
+    "accuracy", "author_accuracy", "well_formed_and_stopped", "exact_match", "exact", "f1",
+    "rougeL", "chrf", "completion_nll", "quote_nll", "author_nll",
+)  # fmt: skip
+
 # From predictions and references to a number for each row: the user's own, and some of ours.
 Metric = Callable[[Sequence[str], Sequence[str]], Sequence[float]]
 METRICS: dict[str, Metric] = {

@@ -24,6 +24,8 @@ from gemmate_lib.serve.writers import ChatWriter, Writer
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from gemmate_lib.serve.follow import TagFollower
+
 
 def build_app(
     engine: Engine,
@@ -31,16 +33,19 @@ def build_app(
     key: str | None = None,
     *,
     hosts: Collection[str] | None = LOOPBACK,
+    follower: "TagFollower | None" = None,
 ) -> FastAPI:
     """Build the application over an engine.
 
     key: what a client has to send as a bearer; None: nothing. hosts: the names it may be called
-    by, whatever the port; None: any.
+    by, whatever the port; None: any. follower: of the tags that are served, to tell of them.
     """
     app = FastAPI(title="GemmaTE", docs_url=None, redoc_url=None, openapi_url=None)
     meters = Meters(engine)
     add_page(app)
-    _add_health(app, engine, meters)
+    if follower:
+        meters.follow(follower)
+    _add_health(app, engine, meters, follower)
     _add_models(app, engine)
     _add_completions(app, engine, limits, meters)
     _add_errors(app)
@@ -52,16 +57,22 @@ def build_app(
     return app
 
 
-def _add_health(app: FastAPI, engine: Engine, meters: Meters) -> None:
+def _add_health(
+    app: FastAPI, engine: Engine, meters: Meters, follower: "TagFollower | None"
+) -> None:
     @app.get("/healthz")
     async def healthz() -> dict[str, str]:
         return {"status": "ok"}
 
     @app.get("/readyz")
-    async def readyz() -> dict[str, str]:
+    async def readyz() -> dict[str, Any]:
         if not engine.ready:
             raise Refused("Not ready.", status=503, retry_after=5, code="not_ready")
-        return {"status": "ready"}
+        tags = follower.state() if follower else {}
+        told = {
+            tag: {"version": at.version, "behind": at.fault is not None} for tag, at in tags.items()
+        }
+        return {"status": "ready"} | ({"tags": told} if told else {})
 
     @app.get("/metrics")
     async def metrics() -> Response:

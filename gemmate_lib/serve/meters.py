@@ -1,10 +1,12 @@
 """What a server counts, in Prometheus' form; a model's name is a label only if it is served."""
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from gemmate_lib.serve.answers import Answer
     from gemmate_lib.serve.engine import Engine
+    from gemmate_lib.serve.follow import TagFollower
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 OTHER = "-"
@@ -52,6 +54,17 @@ class Meters:
             )
         for name, (said, value) in found.items():
             Gauge(name, said, registry=self.registry).set_function(value)
+
+    def follow(self, follower: "TagFollower") -> None:
+        """Tell of each tag that is followed whether the version that it names is the one served."""
+        from prometheus_client import Gauge
+
+        gauge = Gauge(
+            "gemmate_tag_behind", "1 where a tag's version could not be served.", ("tag",),
+            registry=self.registry,
+        )  # fmt: skip
+        for tag in follower.runs:
+            gauge.labels(tag).set_function(partial(follower.is_behind, tag))
 
     def request(self, route: str, status: int, model: str | None, seconds: float) -> None:
         """Count an answered request."""
