@@ -64,7 +64,9 @@ def _one_base(runs: Mapping[str, "Run"]) -> Any:
 
 def _unfit(run: "Run") -> str | None:
     """Why vLLM cannot put a run on a base, or None."""
-    alone = f"Serve it alone: gemmate export {shlex.quote(str(run.directory))} --for vllm."
+    alone = (
+        f"Serve it alone: gemmate export {shlex.quote(str(run.directory))} --out DIR --for vllm."
+    )
     if run.experiment.method == "full":
         return f"every weight was trained, so it is no adapter. {alone}"
     config = read_adapter_config(run.adapter)

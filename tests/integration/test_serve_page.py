@@ -1,7 +1,6 @@
 """The server's page in headless Chromium, against the real server and the embedded model."""
 
 import json
-import shutil
 import socket
 import threading
 import time
@@ -15,10 +14,8 @@ import httpx
 import pytest
 from small_run import make_run
 
-from gemmate_lib.config import Experiment, Facts, ModelConfig, resolve
+from gemmate_lib.config import Facts, ModelConfig, resolve
 from gemmate_lib.formats import write_rows
-from gemmate_lib.manifest import write_manifest
-from gemmate_lib.models import SHIPPED, load_tokenizer
 from gemmate_lib.serve.answers import Ask
 from gemmate_lib.serve.api import build_app
 from gemmate_lib.serve.engine import Engine
@@ -27,6 +24,7 @@ from gemmate_lib.serve.opening import open_engine
 from gemmate_lib.serve.page import page as made_page
 from gemmate_lib.serve.server import address_of, bind, make_server
 from gemmate_lib.sft import Run, finetune_model, load_run
+from gemmate_lib.shipped import shipped_run
 
 playwright = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.skipif(browser.BINARY is None, reason=browser.WITHOUT)
@@ -56,19 +54,6 @@ def served(engine: Engine, key: str | None = None) -> Iterator[tuple[str, Callab
         stop()
 
 
-def time_run(folder: Path) -> Run:
-    """The shipped adapter that knows the date, as a run."""
-    shutil.copytree(SHIPPED["tiny-gemma-te"], folder / "adapter")
-    load_tokenizer("tiny-gemma").save_pretrained(folder / "adapter")
-    config = {"name": "temporal", "model": {"temporal_kind": "calendar"},
-              "dataset": {"timestamp": "timestamp"}}  # fmt: skip
-    write_manifest(
-        folder, kind="sft", experiment=Experiment.model_validate(config), facts={}, data={},
-        base={}, metrics={}, timings={},
-    )  # fmt: skip
-    return load_run(folder)
-
-
 def evil_run(folder: Path) -> Run:
     """A model that writes markup, whatever it is asked."""
     text = f" <img src=x onerror={browser.witness('said')}>"
@@ -87,7 +72,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     """The base, a plain adapter, a time-aware one, and one that is markup by name and answer."""
     folder = tmp_path_factory.mktemp("served")
     make_run(folder / "plain", ModelConfig(), PROMPT)
-    made = open_engine({"plain": load_run(folder / "plain"), "when": time_run(folder / "when")})
+    made = open_engine({"plain": load_run(folder / "plain"), "when": shipped_run(folder / "when")})
     made.add(EVIL.format(*[browser.witness("name")] * 2), evil_run(folder / "evil"))
     yield made
     made.close(0)
