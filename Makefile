@@ -81,7 +81,7 @@ lab: $(VENV)/.made ## Open the notebooks in JupyterLab
 	$(BIN)/jupyter lab notebooks
 
 bench: $(VENV)/.made ## Measure what fits this machine: four hours
-	for name in training memory generation loading startup scaling peers limit survival temporal; do $(BIN)/gemmate bench $$name --out benchmarks/$$name.json || exit 1; done
+	for name in training memory generation loading startup scaling peers limit survival temporal serving; do $(BIN)/gemmate bench $$name --out benchmarks/$$name.json || exit 1; done
 	$(BIN)/gemmate bench true_shape
 	$(MAKE) performance
 

@@ -89,10 +89,19 @@ def limit(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def serving(found: dict[str, Any]) -> list[str]:
+    """A batch for each adapter and mixed batches, at the highest concurrency; equal texts."""
+    at, arms = found["concurrency"][-1], found["arms"]
+    before, after = (arms[name][str(at)] for name in ("a batch for each", "mixed batches"))
+    what = f"Serving three adapters, {at} requests at a time (equal texts)"
+    cells = [f"{shown(way['tokens/s'][0])} tokens/s" for way in (before, after)]
+    return [_line(what, *cells, after["times as fast"], found["machine"])]
+
+
 def table(folder: Path = HERE) -> str:
     """The table in Markdown."""
     parts = {"training": training, "peers": peers, "limit": limit, "generation": generation,
-             "loading": loading, "memory": memory}  # fmt: skip
+             "serving": serving, "loading": loading, "memory": memory}  # fmt: skip
     lines = [HEAD]
     for name, make in parts.items():
         lines += make(json.loads((folder / f"{name}.json").read_text("utf-8")))

@@ -61,7 +61,7 @@ def serve(
     listener = server.bind(host, port)
     with listener:
         engine = open_engine(first, limits=limits)
-        follower = Follower(engine, follow) if follow else None
+        follower = Follower(engine, follow, say=typer.echo) if follow else None
         if follower:
             follower.start()
         if tags:

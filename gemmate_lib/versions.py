@@ -118,7 +118,7 @@ class Versions:
 
     def _put(self, run: Run, folder: str, record: Mapping[str, Any]) -> None:
         for file in record["files"]:
-            self.place.put(inside(run.directory, file), "versions", folder, file)
+            self.place.put(run.directory / file, "versions", folder, file)
         self.place.replace(json.dumps(record, indent=1) + "\n", "versions", folder, RECORD)
 
     def _rename_in(self, run: Run, name: str, record: Mapping[str, Any]) -> None:

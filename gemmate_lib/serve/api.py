@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import json
 import time
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
     from gemmate_lib.serve.follow import TagFollower
+
+GRACE = 5.0  # seconds beyond a request's own, for the client to read the end
 
 
 def build_app(
@@ -106,14 +108,20 @@ def _add_completions(app: FastAPI, engine: Engine, limits: Limits, meters: Meter
         prompt = wanted.prompt_by(engine.tokenizer)
         answer = await asyncio.to_thread(engine.submit, wanted.ask(prompt))
         write = writer(wanted, answer)
+
+        def done() -> None:
+            answer.cancel()
+            meters.answer(answer)
+
         try:
             if wanted.stream:
-                return await _stream(write, answer, request, meters)
-            return JSONResponse(write.whole("".join(await _all(answer, request))))
-        finally:
-            if not wanted.stream:
-                answer.cancel()
-                meters.answer(answer)
+                return await _stream(write, answer, request, done)
+            text = "".join(await _while_there(_all(answer), request, answer))
+        except BaseException:
+            done()
+            raise
+        done()
+        return JSONResponse(write.whole(text))
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
@@ -147,13 +155,8 @@ async def _body(request: Request, limits: Limits) -> bytes:
     return b"".join(parts)
 
 
-async def _all(answer: Answer, request: Request) -> list[str]:
-    """The pieces of an answer, unless the client goes away."""
-
-    async def read() -> list[str]:
-        return [piece async for piece in answer]
-
-    return await _while_there(read(), request, answer)
+async def _all(answer: Answer) -> list[str]:
+    return [piece async for piece in answer]
 
 
 async def _while_there(wanted: Any, request: Request, answer: Answer) -> Any:
@@ -181,21 +184,34 @@ async def _gone(request: Request) -> None:
         pass
 
 
+class EventStream(StreamingResponse):
+    """A stream that lets its answer go, however it ends: read to the end, or left, or too slow."""
+
+    def __init__(self, events: AsyncIterator[bytes], answer: Answer, done: Callable[[], None]):
+        head = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=head)
+        self._answer, self._done = answer, done
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Send it."""
+        left = self._answer.deadline - time.monotonic() + GRACE
+        try:
+            async with asyncio.timeout(left):
+                await super().__call__(scope, receive, send)
+        except TimeoutError:  # a client that does not read keeps nothing open
+            pass
+        finally:
+            self._done()
+
+
 async def _stream(
-    write: Writer, answer: Answer, request: Request, meters: Meters
-) -> StreamingResponse:
+    write: Writer, answer: Answer, request: Request, done: Callable[[], None]
+) -> Response:
     """Begin a stream with its first piece, so that what fails before has a status of its own."""
     pieces = aiter(answer)
 
     async def first() -> str | None:
         return await anext(pieces, None)
-
-    try:
-        begun = await _while_there(first(), request, answer)
-    except BaseException:
-        answer.cancel()
-        meters.answer(answer)
-        raise
 
     async def events() -> AsyncIterator[bytes]:
         try:
@@ -210,12 +226,9 @@ async def _stream(
             yield b"data: [DONE]\n\n"
         except Refused as refused:
             yield _event(error_body(refused))
-        finally:
-            answer.cancel()
-            meters.answer(answer)
 
-    head = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events(), media_type="text/event-stream", headers=head)
+    begun = await _while_there(first(), request, answer)
+    return EventStream(events(), answer, done)
 
 
 def _event(content: dict[str, Any]) -> bytes:

@@ -26,6 +26,7 @@ class Row:
     time: int | None = None
     adapter: Any = None
     generator: torch.Generator | None = field(default=None, init=False)
+    broken: bool = field(default=False, init=False)  # no token could be drawn
 
     def choose(self, scores: torch.Tensor) -> int:
         """A token drawn as `generate` draws it for this prompt alone; scores: float [1, V]."""
@@ -38,8 +39,11 @@ class Row:
             scores = TemperatureLogitsWarper(self.temperature)(ids, scores)
         if self.top_p < 1:
             scores = TopPLogitsWarper(self.top_p)(ids, scores)
-        drawn = torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
-        return int(drawn)
+        shares = scores.softmax(dim=-1)
+        if not shares.isfinite().all():  # else its neighbours would fail, and a GPU altogether
+            self.broken = True
+            return 0
+        return int(torch.multinomial(shares, 1, generator=self.generator))
 
 
 class Batch:

@@ -25,7 +25,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (None, True, False), "store": (None, False),
 }  # fmt: skip
 IGNORED = ("user", "metadata", "safety_identifier", "prompt_cache_key", "service_tier")
-Text = Annotated[str, Field(max_length=10_000_000)]
+COLDEST = 1e-6  # below it a score over the temperature can be infinite: that is greedy
+Name = Annotated[str, Field(max_length=200)]
 
 
 class _Form(BaseModel):
@@ -42,7 +43,7 @@ class StreamOptions(_Form):
 class Wanted(_Form):
     """What both forms of a request share."""
 
-    model: str
+    model: Name
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -68,8 +69,10 @@ class Wanted(_Form):
             time = timestamps.parse(self.timestamp, where="timestamp")
         except GemmateError as error:
             raise Refused(str(error), param="timestamp") from None
+        temperature = self.temperature or 0.0
+        temperature = temperature if temperature >= COLDEST else 0.0
         return Ask(
-            self.model, prompt, self.max_tokens, self.temperature or 0.0,
+            self.model, prompt, self.max_tokens, temperature,
             1.0 if self.top_p is None else self.top_p, self.seed,
             None if time == timestamps.MISSING else time, tuple(stop),
         )  # fmt: skip
@@ -78,7 +81,7 @@ class Wanted(_Form):
 class CompletionForm(Wanted):
     """The body of a request to /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=1)]
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
 
     def prompt_by(self, _: Any) -> str:
         """The prompt as it is."""
@@ -89,14 +92,14 @@ class Part(_Form):
     """A part of a message; only text is read."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class Message(_Form):
     """A turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[Part]
+    content: str | list[Part]
     name: None = None
 
     def plain(self) -> dict[str, str]:
@@ -179,7 +182,8 @@ def _same_number(value: Any, other: Any) -> bool:
 def _named(error: ValidationError) -> Refused:
     first = error.errors(include_url=False, include_input=False)[0]
     where = ".".join(str(part) for part in first["loc"] if not re.search(r"[\[(]", str(part)))
-    param = str(first["loc"][0])
+    where = where[:100] or "The body"  # a name that is no text is nowhere
+    param = str(first["loc"][0])[:100] if first["loc"] else None
     if first["type"] == "extra_forbidden":
         return Refused(f"{where} is not known here. Leave it out.", param=param,
                        code="unknown_parameter")  # fmt: skip

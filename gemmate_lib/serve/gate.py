@@ -15,6 +15,7 @@ from gemmate_lib.serve.meters import Meters
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 # Free of the key: whether it lives, and the page, which holds no secret and asks for the key.
 FREE = frozenset({"/", "/healthz", "/readyz"})
+UNREAD = (401, 408, 413, 415, 421)  # said before the body is read, which is then not waited for
 KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -29,6 +30,8 @@ def error_body(refused: Refused) -> dict[str, Any]:
 def headers_of(refused: Refused) -> dict[str, str]:
     """The headers that go with an error."""
     found = {"WWW-Authenticate": "Bearer"} if refused.status == 401 else {}
+    if refused.status in UNREAD:
+        found["Connection"] = "close"
     if refused.retry_after is not None:
         found["Retry-After"] = str(refused.retry_after)
     return found

@@ -3,7 +3,7 @@
 import logging
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gemmate_lib import machine
@@ -79,8 +79,12 @@ def open_engine(runs: Mapping[str, Run], *, limits: Limits | None = None) -> Eng
 class Follower:
     """A folder of runs, followed: what appears in it is served, what goes is not any more."""
 
-    def __init__(self, engine: Engine, folder: Path, *, seconds: float = 1.0) -> None:
+    def __init__(
+        self, engine: Engine, folder: Path, *, seconds: float = 1.0,
+        say: Callable[[str], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         """Follow by `look`, or by a thread between `start` and `stop`; seconds between looks."""
+        self._say = say
         self._engine, self._folder, self._seconds = engine, folder, seconds
         self._known: dict[str, tuple[int, int]] = {}  # what was seen, also if it was refused
         self._served: set[str] = set()
@@ -113,6 +117,7 @@ class Follower:
             if name in self._served:
                 self._served.discard(name)
                 self._engine.remove(name)
+                self._say(f"- {name}")
         for name, stamp in found.items():
             if self._known.get(name) != stamp:
                 self._known[name] = stamp
@@ -125,6 +130,7 @@ class Follower:
                 raise GemmateError(f"{name} is served already, from elsewhere. Rename the folder.")
             self._engine.add(check_name(name), load_run(self._folder / name))
             self._served.add(name)
+            self._say(f"+ {name}")
         except GemmateError as error:
             LOG.warning("%s is not served: %s", name, error)
 

@@ -16,6 +16,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, stop
+        self._special = frozenset(tokenizer.all_special_ids)
         self._tokens: list[int] = []
         self._sent = 0
         self.stopped = False
@@ -23,7 +24,8 @@ class Pieces:
     def add(self, token: int) -> str:
         """The text that is certain now and was not before; `stopped` where a stop text is met."""
         self._tokens.append(token)
-        if self._tokenizer.convert_ids_to_tokens(token).startswith("<0x"):
+        word = self._tokenizer.convert_ids_to_tokens(token)
+        if token in self._special or word is None or word.startswith("<0x"):
             return ""
         text = self._decode()
         if not self._stop:
@@ -47,10 +49,12 @@ class Pieces:
 
     def _safe(self, text: str) -> int:
         """How much of a text can be no beginning of a stop text."""
+        new = len(text) - self._sent  # what was sent before can be the beginning of none
         longest = max(
-            (n for stop in self._stop for n in range(1, len(stop)) if text.endswith(stop[:n])),
+            (n for stop in self._stop for n in range(1, min(len(stop), new + 1))
+             if text.endswith(stop[:n])),
             default=0,
-        )
+        )  # fmt: skip
         return len(text) - longest
 
     def _send(self, text: str, until: int) -> str:

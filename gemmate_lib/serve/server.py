@@ -53,14 +53,13 @@ def read_key(file: Path | None, *, host: str) -> str | None:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket that listens; port 0 takes a free one. Raises: GemmateError where it cannot."""
+    """A socket to listen on; port 0 takes a free one. Raises: GemmateError where it cannot."""
     bare = host.strip("[]")
     family = socket.AF_INET6 if ":" in bare else socket.AF_INET
     made = socket.socket(family, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         made.bind((bare, port))
-        made.listen(2048)
     except OSError as error:
         made.close()
         why = (error.strerror or str(error)).lower()
@@ -91,6 +90,8 @@ def make_server(app: Any, engine: Any, *, limits: Limits,
     """Make uvicorn's server, which drains the engine before it closes a socket."""
     import uvicorn
 
+    from gemmate_lib.serve.protocol import PATIENCE, Impatient
+
     class Server(uvicorn.Server):
         """Asked to stop, it answers 503 to what is new until what runs is finished."""
 
@@ -114,8 +115,8 @@ def make_server(app: Any, engine: Any, *, limits: Limits,
 
     config = uvicorn.Config(
         app, log_config=None, access_log=False, server_header=False, proxy_headers=False,
-        http="h11", ws="none", lifespan="off", timeout_keep_alive=10,
-        limit_concurrency=limits.connections,
+        http=Impatient, ws="none", lifespan="off", timeout_keep_alive=PATIENCE,
+        limit_concurrency=limits.connections + 1,  # uvicorn refuses the one that reaches it
         timeout_graceful_shutdown=int(limits.seconds) + 1,
     )  # fmt: skip
     return Server(config)

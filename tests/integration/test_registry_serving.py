@@ -94,8 +94,8 @@ def address(engine: Any, follower: TagFollower) -> Iterator[str]:
         thread.join(60)
 
 
-def ask(client: httpx.Client, address: str, *, stream: bool) -> str:
-    body = {"model": "production", "prompt": PROMPT, "max_tokens": TOKENS, "stream": stream}
+def ask(client: httpx.Client, address: str, *, stream: bool, tokens: int = TOKENS) -> str:
+    body = {"model": "production", "prompt": PROMPT, "max_tokens": tokens, "stream": stream}
     answer = client.post(f"{address}/v1/completions", json=body)
     assert answer.status_code == 200, answer.text
     if not stream:
@@ -120,17 +120,17 @@ def test_a_tag_moves_and_rolls_back_under_load(
     failed: list[BaseException] = []
     over = threading.Event()
 
-    def keep_asking(mine: list[str], stream: bool) -> None:
+    def keep_asking(mine: list[str], stream: bool, tokens: int) -> None:
         try:
             with httpx.Client(timeout=60) as client:
                 while not over.is_set():
-                    mine.append(ask(client, address, stream=stream))
+                    mine.append(ask(client, address, stream=stream, tokens=tokens))
         except BaseException as error:
             failed.append(error)
 
-    threads = [
-        threading.Thread(target=keep_asking, args=(mine, i % 2 == 0)) for i, mine in enumerate(said)
-    ]
+    # Two that want one token alone are never long between two requests.
+    wants = [*((mine, i % 2 == 0, TOKENS) for i, mine in enumerate(said)), *[([], False, 1)] * 2]
+    threads = [threading.Thread(target=keep_asking, args=each) for each in wants]
     follower.start(engine)
     for thread in threads:
         thread.start()
@@ -188,7 +188,7 @@ def test_what_cannot_be_served_leaves_the_one_before(
 
 def test_another_base_and_a_tag_that_goes(
     registry: Registry, follower: TagFollower, engine: Any, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     make_run(tmp_path / "other", ModelConfig(id="tiny-gemma2"), PROMPT)
     other = registry.versions.add(load_run(tmp_path / "other")).digest
@@ -204,6 +204,14 @@ def test_another_base_and_a_tag_that_goes(
         follower.look(engine)
         assert said in str(follower.state()["production"].fault)
     registry.move("production", before, seen=None)
+
+    def fails(_: str) -> Any:
+        raise RuntimeError("of a library")
+
+    with monkeypatch.context() as patched:  # the thread must live on
+        patched.setattr(follower._registry, "tag", fails)
+        follower.look(engine)
+        assert "of a library" in str(follower.state()["production"].fault)
     follower.look(engine)
     assert not follower.is_behind("production")
 

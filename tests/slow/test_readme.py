@@ -1,12 +1,16 @@
 """The commands of the README, as they stand there, one after the other."""
 
+import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -44,11 +48,32 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     }
     ran = [line for line in commands() if not line.startswith(ELSEWHERE)]
     assert len(ran) >= 10
-    for line in ran:
-        done = subprocess.run(
-            line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=env
-        )
-        assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+    with contextlib.ExitStack() as stack:
+        for line in ran:
+            if line.startswith("gemmate serve") and "--print" not in line:
+                stack.enter_context(serving(line, cwd=tmp_path, env=env))
+                continue
+            done = subprocess.run(
+                line, shell=True, cwd=tmp_path, capture_output=True, text=True, env=env
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+
+
+@contextlib.contextmanager
+def serving(line: str, **where: Any) -> Iterator[None]:
+    """Let a server run while the lines after it are tried; asked to stop, it ends well."""
+    words = shlex.split(line)
+    server = subprocess.Popen(words, stdout=subprocess.PIPE, text=True, **where)
+    assert server.stdout is not None
+    said: list[str] = []
+    while not (said and "stop with Ctrl+C" in said[-1]):
+        said.append(server.stdout.readline())
+        assert said[-1], said
+    yield
+    server.terminate()
+    said += server.stdout
+    assert server.wait(60) == 0, said
+    server.stdout.close()
 
 
 def test_every_make_target_of_the_readme_exists() -> None:

@@ -12,7 +12,7 @@ from gemmate_lib.cli import app
 
 ROOT = Path(__file__).parents[2]
 NAMES = ("training", "memory", "generation", "loading", "startup", "scaling", "peers", "limit",
-         "survival", "temporal")  # fmt: skip
+         "survival", "temporal", "serving")  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_the_readmes_table_of_performance_is_the_measured_one(tmp_path: Path) ->
     from performance import table
 
     assert table() in (ROOT / "README.md").read_text("utf-8"), "run `make performance`"
-    for name in ("training", "peers", "limit", "generation", "memory", "loading"):
+    for name in ("training", "peers", "limit", "generation", "serving", "memory", "loading"):
         found = json.loads((ROOT / f"benchmarks/{name}.json").read_text("utf-8"))
         assert found["machine"]["versions"]["torch"] and found["machine"]["threads"]
         (tmp_path / f"{name}.json").write_text(json.dumps(found))
@@ -98,5 +98,8 @@ def test_what_the_table_tells_holds_in_the_files() -> None:
     ways = found["generation"]["ways"]
     assert ways["ours, batches of 32"]["times as fast"][0] >= 5
     assert all(way["other texts"] == 0 for way in ways.values())
+    served = json.loads((ROOT / "benchmarks/serving.json").read_text("utf-8"))
+    assert served["other texts"] == 0
+    assert served["arms"]["mixed batches"]["16"]["times as fast"][0] > 1
     copy = found["loading"]["ways"]["4-bit copy"]
     assert copy["times as fast"][0] >= 15 and copy["GiB"][2] < 4 and found["loading"]["same logits"]
