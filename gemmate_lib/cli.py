@@ -8,6 +8,7 @@ import typer
 import gemmate_lib.cli_quality  # noqa: F401  (its commands stand beside those of cli_shipped)
 from gemmate_lib.cli_cloud import cloud_app
 from gemmate_lib.cli_continual import continual
+from gemmate_lib.cli_export import export
 from gemmate_lib.cli_launch import (
     NodeRank,
     Nodes,
@@ -43,6 +44,7 @@ app.add_typer(runs_app)
 app.add_typer(monitor_app)
 app.command()(search)
 app.command()(continual)
+app.command()(export)
 app.command()(serve)
 app.add_typer(tiny_app, name="tiny")
 app.add_typer(card_app, name="card")

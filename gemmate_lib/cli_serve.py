@@ -1,5 +1,6 @@
 """The command line's part for serving."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,9 @@ def serve(
     key_file: Annotated[
         Path | None, typer.Option(help="The key's file; else GEMMATE_SERVE_KEY.")
     ] = None,
+    print_vllm: Annotated[
+        bool, typer.Option("--print-vllm", help="Only print how vLLM would serve them.")
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="A limit, as in queue=8; repeatable.")
     ] = None,
@@ -39,6 +43,9 @@ def serve(
     """Serve runs over their base, in the form of OpenAI's API, until Ctrl+C."""
     from gemmate_lib.serve import server
 
+    if print_vllm:
+        typer.echo(_for_vllm(runs or [], name or ()))
+        return
     server.check_installed()
     from gemmate_lib.serve.api import build_app
     from gemmate_lib.serve.follow import TagFollower
@@ -71,6 +78,16 @@ def serve(
             if tags:
                 tags.stop()
     typer.echo("stopped; what ran was finished")
+
+
+def _for_vllm(runs: list[Path], names: Sequence[str]) -> str:
+    from gemmate_lib.config import GemmateError
+    from gemmate_lib.serve.opening import name_runs
+    from gemmate_lib.serve.vllm import vllm_command
+
+    if not runs:
+        raise GemmateError("vLLM follows no folder of ours. Name the runs it is to serve.")
+    return vllm_command(name_runs(runs, names))
 
 
 def _tell(address: str, engine: "Engine", limits: "Limits", key: str | None) -> None:

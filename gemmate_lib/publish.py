@@ -30,14 +30,17 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PlannedFile", "PushResult", "fresh_logits", "last_logits", "load_saved", "model_card",
-    "pull_and_verify", "push", "push_plan", "save_merged", "stage",
+    "new_folder", "pull_and_verify", "push", "push_plan", "save_merged", "stage", "write_merged",
 ]  # fmt: skip
 ADAPTER = ("adapter_model.safetensors", "adapter_config.json", RECORD)
 
 
 @contextlib.contextmanager
-def _new_folder(directory: str | Path) -> Iterator[Path]:
-    """A folder that takes its place when all went well, so that none is ever half full."""
+def new_folder(directory: str | Path) -> Iterator[Path]:
+    """A folder that takes its place when all went well, so that none is ever half full.
+
+    Raises: GemmateError where there is one already.
+    """
     directory = Path(directory)
     if directory.exists():
         raise GemmateError(f"{directory} exists. Give another folder, or delete it.")
@@ -54,7 +57,8 @@ def _copy(source: Path, folder: Path, names: Iterable[str]) -> None:
             shutil.copyfile(inside(source, name), folder / name)
 
 
-def _write_merged(run: "Run", folder: Path, evaluation: "Evaluation | None") -> None:
+def write_merged(run: "Run", folder: Path, evaluation: "Evaluation | None" = None) -> None:
+    """Write a run's merged model, tokenizer and card into a folder. Raises: as `merge_adapter`."""
     model = run.experiment.model
     dtype: Literal["float32", "bfloat16"]
     dtype = "float32" if model.compute_dtype == "float32" else "bfloat16"
@@ -75,8 +79,8 @@ def save_merged(
 
     In bf16 where the run computed in half precision, else in fp32. Raises: as `merge_adapter`.
     """
-    with _new_folder(directory) as folder:
-        _write_merged(run, folder, evaluation)
+    with new_folder(directory) as folder:
+        write_merged(run, folder, evaluation)
     return Path(directory)
 
 
@@ -91,9 +95,9 @@ def stage(
 
     Raises: GemmateError for a folder that exists, or a run without weights.
     """
-    with _new_folder(directory) as folder:
+    with new_folder(directory) as folder:
         if merged or run.experiment.method == "full":
-            _write_merged(run, folder, evaluation)
+            write_merged(run, folder, evaluation)
         else:
             _copy(run.adapter, folder, (*ADAPTER, *TOKENIZER))
             for file in (folder / name for name in ADAPTER[1:] if (folder / name).is_file()):

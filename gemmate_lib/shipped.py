@@ -9,8 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from gemmate_lib.adapters import RECORD
 from gemmate_lib.config import Experiment, Facts, resolve
+from gemmate_lib.manifest import write_manifest
+from gemmate_lib.models import SHIPPED, load_tokenizer
 from gemmate_lib.settings import digest
-from gemmate_lib.sft import Run, check_new, finetune_model
+from gemmate_lib.sft import Run, check_new, finetune_model, load_run
 from gemmate_lib.trainer import Report
 
 NAME = "tiny-gemma-te"
@@ -50,3 +52,21 @@ def keep(run: Run, folder: Path) -> Path:
     record = {"experiment": own_hash(run.experiment), "first": [round(loss, 4) for loss in log[:6]]}
     (folder / "build.json").write_text(json.dumps(record, indent=1) + "\n")
     return folder
+
+
+def shipped_run(out: Path) -> Run:
+    """Write the adapter that comes with the library as a run, to be asked and served as any other.
+
+    Its log and its metrics are not known any more.
+    Raises: GemmateError where the folder exists already.
+    """
+    check_new(out)
+    experiment = resolve("temporal", facts=Facts(), profile="tiny").experiment
+    shutil.copytree(SHIPPED[NAME], out / "adapter", ignore=shutil.ignore_patterns("build.json"))
+    load_tokenizer(experiment.model.id).save_pretrained(out / "adapter")
+    base = json.loads((SHIPPED[NAME] / RECORD).read_text("utf-8"))
+    empty: dict[str, dict[str, float]] = {"metrics": {}, "timings": {}}
+    write_manifest(
+        out, kind="sft", experiment=experiment, facts={}, data={}, base=base, **empty
+    )  # fmt: skip
+    return load_run(out)

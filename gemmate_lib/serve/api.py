@@ -18,6 +18,7 @@ from gemmate_lib.serve.forms import ChatForm, CompletionForm, Wanted, read_form
 from gemmate_lib.serve.gate import LOOPBACK, Gate, error_body, headers_of
 from gemmate_lib.serve.limits import Limits, Refused
 from gemmate_lib.serve.meters import Meters
+from gemmate_lib.serve.page import add_page
 from gemmate_lib.serve.writers import ChatWriter, Writer
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def build_app(
     """
     app = FastAPI(title="GemmaTE", docs_url=None, redoc_url=None, openapi_url=None)
     meters = Meters(engine)
+    add_page(app)
     if follower:
         meters.follow(follower)
     _add_health(app, engine, meters, follower)

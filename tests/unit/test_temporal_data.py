@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter
 from itertools import islice
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,8 @@ from gemmate_lib.config import Facts, GemmateError, resolve
 from gemmate_lib.generate import generate_texts
 from gemmate_lib.models import SHIPPED
 from gemmate_lib.publish import load_saved
-from gemmate_lib.shipped import own_hash
+from gemmate_lib.sft import open_run
+from gemmate_lib.shipped import own_hash, shipped_run
 from gemmate_lib.temporal import drift
 from gemmate_lib.temporal.dates import SIMPLE
 from gemmate_lib.temporal.questions import (
@@ -88,6 +90,15 @@ def test_the_shipped_adapter_was_made_by_the_experiment_as_it_stands() -> None:
     assert record["experiment"] == own_hash(experiment)
     other = experiment.model_copy(update={"seed": 1})
     assert own_hash(other) != own_hash(experiment)
+
+
+def test_the_shipped_adapter_is_a_run_too(tmp_path: Path) -> None:
+    loaded = open_run(shipped_run(tmp_path / "when"))
+    (said,) = generate_texts(
+        loaded.model, loaded.tokenizer, ["What is today's date?"], max_new_tokens=16,
+        timestamps=[1_234_567_890_000],
+    )  # fmt: skip
+    assert "13 February 2009" in said.text
 
 
 def test_the_shipped_adapter_knows_the_date() -> None:
