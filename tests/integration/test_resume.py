@@ -154,7 +154,9 @@ def test_other_rows_or_weights_are_refused(
     out = cut_off_after(2, whole, tmp_path / "run")
     real = sft.identity_of
     monkeypatch.setattr(
-        sft, "identity_of", lambda e, rows, base: real(e, {"train": "x"}, {"weights_sha256": "y"})
+        sft,
+        "identity_of",
+        lambda e, rows, base, ranks: real(e, {"train": "x"}, {"weights_sha256": "y"}),
     )
     with pytest.raises(GemmateError, match=r"base\.weights_sha256.*rows\.train: "):
         finetune_model(experiment(**SMALL), out=out, resume="last")
