@@ -5,7 +5,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -370,7 +370,7 @@ def test_troubles_are_said_in_words(chromium: Any, tmp_path: Path) -> None:
         answers(page)
         return page.text_content("#left-note")
 
-    with served(engine) as (address, stop), opened(chromium, address) as page:
+    with closing(engine), served(engine) as (address, stop), opened(chromium, address) as page:
         ask(page, "plain", "tiny-gemma", "word " * 60)
         assert "of 20 at most" in said(page)
         ask(page, "plain", "tiny-gemma", PROMPT, tokens=9999)
@@ -392,4 +392,3 @@ def test_troubles_are_said_in_words(chromium: Any, tmp_path: Path) -> None:
         stop()
         ask(page, "tiny-gemma", "tiny-gemma", PROMPT)
         assert "cannot be reached" in said(page)
-    engine.close(0)
