@@ -384,7 +384,7 @@ def test_the_client_drives_it_over_a_socket(address: str, alone: Alone) -> None:
         with pytest.raises(openai.NotFoundError, match="There is no model 'nobody'"):
             client.completions.create(model="nobody", prompt="a")
     with (
-        openai.OpenAI(api_key="wrong", base_url=f"{address}/v1", max_retries=0) as other,
+        openai.OpenAI(api_key=KEY[1:], base_url=f"{address}/v1", max_retries=0) as other,
         pytest.raises(openai.AuthenticationError),
     ):
         other.models.list()
