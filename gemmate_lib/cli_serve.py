@@ -22,11 +22,13 @@ def serve(
     ] = None,
     registry: Annotated[
         str | None,
-        typer.Option(envvar="GEMMATE_REGISTRY", help="With --tag: a folder or an fsspec URL."),
+        typer.Option(
+            envvar="GEMMATE_REGISTRY", help="Versions to serve: a folder or an fsspec URL."
+        ),
     ] = None,
     tag: Annotated[
         list[str] | None,
-        typer.Option(help="Serve what this tag of the registry names, and follow it; repeatable."),
+        typer.Option(help="Serve what this tag names, and follow it; default: production."),
     ] = None,
     host: Annotated[str, typer.Option(help="Another one needs a key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8000,
@@ -55,6 +57,8 @@ def serve(
 
     limits, key = read_limits(settings or ()), server.read_key(key_file, host=host)
     found = name_runs(runs or [], name or ())
+    if registry and not (found or follow):
+        tag = tag or ["production"]
     tags = TagFollower(registry, tag, taken=found) if tag else None
     found |= tags.runs if tags else {}
     first = found or runs_to_begin_with(follow)

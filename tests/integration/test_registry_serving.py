@@ -237,7 +237,7 @@ def test_gemmate_serve_follows_a_tag(
     with pytest.raises(SystemExit) as refused:
         cli.run()
     assert refused.value.code == 2 and "no tag staging" in capsys.readouterr().err
-    command = [sys.executable, "-m", "gemmate_lib", *words, "--tag", "production"]
+    command = [sys.executable, "-m", "gemmate_lib", *words]  # production
     env = os.environ | {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
         try:
