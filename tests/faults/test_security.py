@@ -394,10 +394,9 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
             yield f"{name} runs what it is given"
         if given.get("shell", "False") != "False":
             yield f"{name} starts a shell"
-        if (
-            name.endswith(("extractall", "unpack_archive"))
-            or "zipfile." in name
-            or "tarfile." in name
+        packs = name == "tarfile.TarInfo" or given.get("mode") == "'w'"
+        if name.endswith(("extractall", "unpack_archive")) or (
+            re.search(r"(zip|tar)file\.", name) and not packs
         ):
             yield f"{name} unpacks an archive"
         if name.rpartition(".")[2] in ("HTML", "Markdown", "Javascript", "SVG", "IFrame"):
@@ -415,6 +414,7 @@ def unsafe(tree: ast.AST) -> Iterator[str]:
         ("subprocess.run(x, shell=True)", "a shell"),
         ("shutil.unpack_archive(x)", "unpacks"),
         ("tarfile.open(x)", "unpacks"),
+        ("tarfile.open(x, mode='r')", "unpacks"),
         ("display(HTML(x))", "as a page"),
     ],
 )

@@ -26,7 +26,7 @@ from gemmate_lib.vertex import (
 GOLDEN = Path(__file__).parents[1] / "golden"
 WHERE = {"project": "my-project", "location": "us-central1", "staging_bucket": "gs://my-bucket"}
 SETTINGS = ("dataset", "dataset.test", "model")
-SECRET = "projects/my-project/secrets/HF_TOKEN/versions/latest"
+TOKEN_AT = "projects/my-project/secrets/HF_TOKEN/versions/latest"
 
 
 def equals_golden(name: str, text: str) -> None:
@@ -52,7 +52,7 @@ def told(job: TrainingJob) -> str:
 def test_a_packaged_job_on_spot() -> None:
     job = create_training_job(
         experiment_for("n1-standard-8"), machine_type="n1-standard-8", spot=True, max_hours=2.5,
-        accelerator="NVIDIA_TESLA_T4", accelerator_count=1, hf_token_secret=SECRET,
+        accelerator="NVIDIA_TESLA_T4", accelerator_count=1, hf_token_secret=TOKEN_AT,
         service_account="trainer@my-project.iam.gserviceaccount.com", **WHERE,
     )  # fmt: skip
     equals_golden("vertex_packaged.json", told(job))
@@ -72,7 +72,7 @@ def test_the_pipeline_compiles_to_its_golden_file(kind: str, tmp_path: Path) -> 
     options: dict[str, Any] = {"enable_caching": kind == "cpu"}
     if kind == "gpu":
         image = "us-docker.pkg.dev/my-project/train/gemmate:1"
-        options |= {"image": image, "accelerator": "NVIDIA_L4", "hf_token_secret": SECRET}
+        options |= {"image": image, "accelerator": "NVIDIA_L4", "hf_token_secret": TOKEN_AT}
     text = compile_pipeline(tmp_path / "p.yaml", **options).read_text("utf-8")
     equals_golden(f"pipeline_{kind}.yaml", text)
     tasks = yaml.safe_load(text)["root"]["dag"]["tasks"]
@@ -134,7 +134,7 @@ def test_the_real_client_sends_what_the_dry_run_showed(
     channel, asked = google
     monkeypatch.setitem(_registry, "gs", Bucket)
     job = create_training_job(
-        experiment_for("g2-standard-8"), spot=True, max_hours=1, hf_token_secret=SECRET,
+        experiment_for("g2-standard-8"), spot=True, max_hours=1, hf_token_secret=TOKEN_AT,
         service_account="trainer@my-project.iam.gserviceaccount.com", **WHERE,
     )  # fmt: skip
     shown = job.specification()
@@ -158,7 +158,7 @@ def test_the_real_client_sends_what_the_dry_run_showed(
         ({"staging_bucket": "my-bucket"}, "'my-bucket' is no bucket"),
         ({"staging_bucket": "s3://bucket"}, "is no bucket"),
         ({"staging_bucket": "gs://Bucket"}, "is no bucket"),
-        ({"hf_token_secret": "hf_" + "x" * 34}, "is not the token itself"),
+        ({"hf_token_secret": "hf_" + "x" * 34}, "is not the token itself"),  # pragma: allowlist secret
         ({"machine_type": "a2-highgpu-8g"}, "cannot be shared evenly by 8 processes"),
         ({"dataset": "rows.jsonl"}, "dataset.id is rows.jsonl, which the job will not see"),
         ({"dataset.test": "rows.jsonl"}, "dataset.test is rows.jsonl"),
@@ -198,7 +198,7 @@ def test_the_account_is_looked_for_only_to_send(monkeypatch: pytest.MonkeyPatch,
     with pytest.raises(GemmateError, match="gcloud auth application-default login"):
         own_credentials()
     fetch_token()  # no secret is named: nothing is looked for
-    monkeypatch.setenv("GEMMATE_HF_TOKEN_SECRET", SECRET)
+    monkeypatch.setenv("GEMMATE_HF_TOKEN_SECRET", TOKEN_AT)
     with pytest.raises(GemmateError, match="no credentials for Google Cloud"):
         fetch_token()
 
