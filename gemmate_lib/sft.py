@@ -190,8 +190,8 @@ def finetune_model(
             )  # fmt: skip
         whole = put_together(model) if shared else None
         if ranks.first:
-            _save(model, base, folder, experiment, whole)
             taken = {"load": loaded - began, "train": time.perf_counter() - loaded}
+            _save(model, base, folder, experiment, whole)
             _record(
                 folder, experiment, splits, base, log,
                 timings=taken | {"hours": budget.spent} | monitor.summary,

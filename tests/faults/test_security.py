@@ -900,6 +900,7 @@ def test_a_token_in_a_name_is_found(tmp_path: Path) -> None:
     assert line.endswith(": HUGGING_FACE_HUB_TOKEN, plain")
 
 
+@pytest.mark.slow
 def test_no_token_in_a_run_a_notebook_and_a_tracker(tmp_path: Path, note: Note,
                                                     monkeypatch: pytest.MonkeyPatch,
                                                     capsys: Any) -> None:  # fmt: skip

@@ -19,6 +19,8 @@ from gemmate_lib.models import load_base
 from gemmate_lib.sft import Run, finetune_model, load_run
 from gemmate_lib.temporal.questions import as_row, questions
 
+pytestmark = pytest.mark.slow  # half a minute of processes that begin
+
 Make = Callable[..., Any]
 WORKER = Path(__file__).parents[1] / "ranked_jobs.py"
 # 41 texts leave 33 to train on: the ninth step of an epoch has one row, and rank 1 none of it.

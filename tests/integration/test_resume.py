@@ -289,7 +289,10 @@ for setting in (SMALL | {"checkpoint.save_every": 0}).items():
     COMMAND += ["--set", "{}={}".format(*setting)]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow), (signal.SIGINT, 130)],
+)
 def test_a_signal_saves_stops_and_is_gone_on_from(
     number: signal.Signals, code: int, whole: Run, tmp_path: Path
 ) -> None:

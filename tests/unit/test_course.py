@@ -285,6 +285,7 @@ def test_select_takes_the_core_or_what_is_named(three):
         select(["03_stf"])
 
 
+@pytest.mark.slow
 def test_all_runs_the_electives_too(three, tmp_path):
     words = ["course", "--all", "--jobs", "2", "--out", str(tmp_path / "out")]
     told = CliRunner().invoke(app, words)
@@ -356,6 +357,7 @@ def test_a_parameter_is_not_in_the_grid_as_well(three):
 SOMETIMES = "assert max_steps != 2 or rows != 3, 'planted'\nprint('main metric: fine')"
 
 
+@pytest.mark.slow
 def test_a_grid_outlives_a_failure_and_is_resumed(monkeypatch, tmp_path):
     cell = "max_steps = 20\nrows = 1"
     file = write_notebook(tmp_path, "03_sft", SOMETIMES, parameters=cell)
