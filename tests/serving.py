@@ -13,6 +13,7 @@ from gemmate_lib.models import load_base
 from gemmate_lib.sft import Run, load_run, open_run
 
 BASE = "tiny-gemma"
+NAMES = (BASE, "one", "two", "when")
 AT = 1_234_567_890_000
 PROMPTS = (
     "Quote: I am not talented, but I'm good at not giving up",

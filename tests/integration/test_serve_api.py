@@ -14,7 +14,7 @@ import httpx
 import openai
 import pytest
 import uvicorn
-from serving import AT, BASE, PROMPTS, Alone, make_runs
+from serving import AT, BASE, NAMES, PROMPTS, Alone
 
 from gemmate_lib import timestamps
 from gemmate_lib.serve import protocol, server
@@ -27,17 +27,6 @@ from gemmate_lib.sft import Run
 KEY = "0123456789abcdefghij"
 HERE = "http://127.0.0.1"
 LIMITS = Limits(body_bytes=20_000)
-NAMES = (BASE, "one", "two", "when")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    return make_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def alone(runs: dict[str, Run]) -> Alone:
-    return Alone(runs)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from serving import AT, BASE, PROMPTS, Alone, make_runs
+from serving import AT, BASE, NAMES, PROMPTS, Alone, make_runs
 from small_run import make_run
 
 from gemmate_lib import timestamps
@@ -20,18 +20,6 @@ from gemmate_lib.serve.engine import Engine
 from gemmate_lib.serve.limits import Limits, Refused
 from gemmate_lib.serve.opening import Follower, name_runs, open_engine
 from gemmate_lib.sft import Run, load_run, open_run
-
-NAMES = (BASE, "one", "two", "when")
-
-
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
-    return make_runs(tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def alone(runs: dict[str, Run]) -> Alone:
-    return Alone(runs)
 
 
 @pytest.fixture
