@@ -24,8 +24,8 @@ class Place:
         from fsspec.implementations.local import LocalFileSystem
 
         logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # tracebacks of what we say ourselves
-        storage = FsspecStorage(str(url))
-        self.fs, self.root = storage.fs, storage.root
+        self.storage = FsspecStorage(str(url))
+        self.fs, self.root = self.storage.fs, self.storage.root
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def at(self, *parts: str) -> str:
@@ -68,9 +68,7 @@ class Place:
     def put(self, here: Path, *parts: str) -> None:
         """Copy a file there."""
         with self.speaking("write to"):
-            there = self.at(*parts)
-            self.fs.makedirs(there.rpartition("/")[0], exist_ok=True)
-            self.fs.put_file(str(here), there)
+            self.storage.put(here, "/".join(parts))
 
     def replace(self, text: str, *parts: str) -> None:
         """Write a small file: in a folder whole or not at all, elsewhere as the storage does."""

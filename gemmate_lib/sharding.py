@@ -5,14 +5,14 @@ No GPU was at hand where this was written: what a CPU can show is tested, the re
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import yaml
 
 from gemmate_lib.config import Experiment, Facts, GemmateError, among
 
 Strategy = Literal["ddp", "fsdp2", "fsdp-qlora"]
-STRATEGIES = ("ddp", "fsdp2", "fsdp-qlora")
+STRATEGIES = get_args(Strategy)
 FILES = Path(__file__).parent / "assets" / "launch"
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gemmate_lib.config import GemmateError
 from gemmate_lib.manifest import file_sha256
-from gemmate_lib.storage import reach
+from gemmate_lib.storage import FsspecStorage, reach
 from gemmate_lib.trust import inside
 
 SUMS = "SHA256SUMS.json"
@@ -19,17 +19,15 @@ def upload(source: str | Path, url: str) -> dict[str, str]:
 
     Raises: GemmateError for nothing to copy, or a URL that no installed package speaks.
     """
-    path, (fs, root) = Path(source), reach(url)
+    path, storage = Path(source), FsspecStorage(url)
     files = [path] if path.is_file() else sorted(f for f in path.rglob("*") if f.is_file())
     if not files:
         raise GemmateError(f"{source} holds no file to copy. Check the path.")
     base = path.parent if path.is_file() else path
     sums = {file.relative_to(base).as_posix(): file_sha256(file) for file in files}
     for name in sums:
-        there = f"{root}/{name}"
-        fs.makedirs(there.rpartition("/")[0], exist_ok=True)
-        fs.put_file(str(base / name), there)
-    fs.pipe_file(f"{root}/{SUMS}", json.dumps(sums, indent=1).encode())
+        storage.put(base / name, name)
+    storage.fs.pipe_file(f"{storage.root}/{SUMS}", json.dumps(sums, indent=1).encode())
     return sums
 
 
