@@ -5,7 +5,6 @@ send every ten. A thread of its own sends, so that no step waits for the network
 Source: https://cloud.google.com/monitoring/custom-metrics/creating-metrics
 """
 
-import importlib.util
 import logging
 import math
 import time
@@ -16,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from gemmate_lib.callbacks import KEPT
-from gemmate_lib.config import Experiment, GemmateError, TrackingConfig
+from gemmate_lib.config import Experiment, TrackingConfig
+from gemmate_lib.extras import need
 from gemmate_lib.monitor import Monitor
 
 if TYPE_CHECKING:
@@ -130,13 +130,10 @@ def check_cloud(settings: TrackingConfig) -> None:
     """Raise GemmateError where Cloud Monitoring is asked for and its client is not installed."""
     if settings.cloud_monitoring is None:
         return
-    try:
-        found = importlib.util.find_spec("google.cloud.monitoring_v3")
-    except ModuleNotFoundError:  # no google, or no google.cloud
-        found = None
-    if found is None:
-        remedy = 'Run pip install "gemmate-course[cloud]", or leave tracking.cloud_monitoring out'
-        raise GemmateError(f"Cloud Monitoring needs its client, which is not installed. {remedy}.")
+    need(
+        "google.cloud.monitoring_v3", "Cloud Monitoring", extra="cloud",
+        otherwise=", or leave tracking.cloud_monitoring out",
+    )  # fmt: skip
 
 
 def cloud_metrics(experiment: Experiment, monitor: Monitor | None) -> CloudMetrics | None:

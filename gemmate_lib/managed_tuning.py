@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gemmate_lib.config import GemmateError
+from gemmate_lib.extras import need
 from gemmate_lib.formats import read_table, rename_columns, usual_columns, write_rows
 from gemmate_lib.forms import Form, find_form, render
-from gemmate_lib.remote import check_bucket, need
+from gemmate_lib.remote import check_bucket
 
 # As documented for Gemini 2.5 in 2025: look them up for your model before you rely on them.
 MODEL = "gemini-2.5-flash"
@@ -163,7 +164,7 @@ def tuning_call(
     train, validation: URLs of files in a bucket. epochs: none: as Google finds best.
     Raises: GemmateError for a URL that is none, an unknown adapter size, or google-genai missing.
     """
-    need("google.genai", "Managed tuning")
+    need("google.genai", "Managed tuning", extra="cloud")
     from google.genai import types
 
     if adapter_size not in ADAPTER_SIZES:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gemmate_lib.config import GemmateError
-from gemmate_lib.remote import TOKEN, check_secret, need
+from gemmate_lib.extras import need
+from gemmate_lib.remote import TOKEN, check_secret
 
 HERE = "python:3.12"  # of a run on this machine, where no image is used
 NAME = "gemmate"
@@ -23,7 +24,7 @@ NAME = "gemmate"
 
 def components(image: str) -> dict[str, Any]:
     """The seven components, to run in an image that has this library with its extra `cloud`."""
-    need("kfp", "The pipeline")
+    need("kfp", "The pipeline", extra="cloud")
     from kfp import dsl
 
     from gemmate_lib import steps

@@ -12,6 +12,7 @@ from typing import Any
 
 from gemmate_lib.config import DatasetConfig, GemmateError
 from gemmate_lib.data import load_dataset_splits, read_tables
+from gemmate_lib.extras import need
 from gemmate_lib.formats import SPLITS, SUFFIXES, write_rows
 from gemmate_lib.splitting import carve
 
@@ -109,13 +110,10 @@ def read_document(path: Path) -> str:
 def _pdf(path: Path) -> str:
     import logging
 
-    try:
-        from pypdf import PdfReader
-        from pypdf.errors import PyPdfError
-    except ImportError:
-        remedy = 'Run pip install "gemmate-course[cloud]".'
-        said = f"Reading {path} needs pypdf, which is not installed"
-        raise GemmateError(f"{said}. {remedy}") from None
+    need("pypdf", f"Reading {path}", extra="cloud")
+    from pypdf import PdfReader
+    from pypdf.errors import PyPdfError
+
     logging.getLogger("pypdf").setLevel(logging.ERROR)  # it warns of each oddity of a file
     try:
         return "\n\n".join(page.extract_text() for page in PdfReader(path).pages)

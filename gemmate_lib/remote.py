@@ -9,6 +9,7 @@ from typing import Any
 
 from gemmate_lib.cards import card_paths
 from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
+from gemmate_lib.extras import need
 from gemmate_lib.models import EMBEDDED
 
 TOKEN = "GEMMATE_HF_TOKEN_SECRET"  # the variable that names the secret, in jobs and components
@@ -16,19 +17,6 @@ _SECRET = re.compile(r"projects/[\w-]+/secrets/[\w-]+/versions/\w+")
 _BUCKET = re.compile(r"gs://[a-z0-9][a-z0-9._-]{1,61}[a-z0-9](/[^\s?#]*)?")
 _HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 GATED = re.compile(r"(google/(gemma|paligemma|medgemma)|meta-llama/)", re.IGNORECASE)
-
-
-def need(package: str, what: str) -> None:
-    """Raise GemmateError where a package of the extra `cloud` is not installed."""
-    from importlib.util import find_spec
-
-    try:
-        found = find_spec(package)
-    except ModuleNotFoundError:  # the package around it
-        found = None
-    if found is None:
-        remedy = 'Run pip install "gemmate-course[cloud]".'
-        raise GemmateError(f"{what} needs {package}, which is not installed. {remedy}")
 
 
 def check_bucket(url: str) -> str:
@@ -96,7 +84,7 @@ def check_secret(secret: str | None) -> None:
 
 def own_credentials() -> Any:
     """Your own credentials for Google Cloud. Raises: GemmateError where there are none."""
-    need("google.auth", "Signing in to Google Cloud")
+    need("google.auth", "Signing in to Google Cloud", extra="cloud")
     import google.auth
     from google.auth.exceptions import DefaultCredentialsError
 

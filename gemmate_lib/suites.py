@@ -13,12 +13,12 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from gemmate_lib.adapters import encoder_of, known_peft_warnings
 from gemmate_lib.config import GemmateError
+from gemmate_lib.extras import need
 from gemmate_lib.generate import evaluating
 from gemmate_lib.methods import behind_soft_prompt
 from gemmate_lib.models import LoadedModel
@@ -63,8 +63,7 @@ def find_tasks(tasks: Sequence[str], include_path: str | Path | None = None) -> 
 
     Raises: GemmateError without the harness, for no such folder, no task, or an unknown one.
     """
-    if find_spec("lm_eval") is None:
-        raise GemmateError('lm_eval is not installed. Run: pip install "gemmate-course[lm-eval]".')
+    need("lm_eval", "A suite", extra="lm-eval")
     from lm_eval.tasks import TaskManager
 
     if include_path is not None and not Path(include_path).is_dir():

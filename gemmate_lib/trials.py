@@ -5,7 +5,6 @@ The test split is taken away before the first trial begins: nothing chosen here 
 
 import dataclasses
 import gc
-import importlib.util
 import shutil
 from multiprocessing import parent_process
 from pathlib import Path
@@ -18,6 +17,7 @@ from gemmate_lib.callbacks import Diverged
 from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
 from gemmate_lib.crew import REASON
 from gemmate_lib.data import Splits
+from gemmate_lib.extras import need
 from gemmate_lib.memory import OutOfMemory, asked_mib
 from gemmate_lib.sft import finetune_model, load_splits
 
@@ -132,9 +132,7 @@ def prepare(experiment: Experiment) -> tuple[Experiment, Splits]:
     Raises: GemmateError where Optuna is missing, or a trial would have no validation loss.
     """
     refuse_budget(experiment, "A search")
-    if importlib.util.find_spec("optuna") is None:
-        remedy = 'pip install "gemmate-course[search]"'
-        raise GemmateError(f"A search needs Optuna, which is not installed. Run {remedy}.")
+    need("optuna", "A search", extra="search")
     search = experiment.search.model_copy(update={"space": space_of(experiment)})
     experiment, training = experiment.model_copy(update={"search": search}), experiment.training
     splits = without_test(load_splits(experiment))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from gemmate_lib.cards import card_paths
 from gemmate_lib.config import PROFILES, Experiment, GemmateError, among
+from gemmate_lib.extras import need
 from gemmate_lib.launch import Cluster, check_cluster
 from gemmate_lib.prices import Machine, find_machine
 from gemmate_lib.remote import (
@@ -24,7 +25,6 @@ from gemmate_lib.remote import (
     check_secret,
     for_the_cloud,
     home_in,
-    need,
     needs_token,
     refuse_local,
 )
@@ -138,7 +138,7 @@ def create_training_job(
         that is none, rows that the GPUs cannot share, what lies on this machine alone, or the
         extra `cloud` missing.
     """
-    need("google.cloud.aiplatform", "A job of Vertex AI")
+    need("google.cloud.aiplatform", "A job of Vertex AI", extra="cloud")
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import aiplatform
     from google.cloud.aiplatform.constants.base import SUPPORTED_REGIONS
@@ -228,7 +228,7 @@ def create_pipeline_job(
         trains. arguments: the pipeline's. Its account is given to `submit(service_account=…)`.
     Raises: GemmateError for a bucket that is none, data on this machine alone, or profile auto.
     """
-    need("google.cloud.aiplatform", "A pipeline of Vertex AI")
+    need("google.cloud.aiplatform", "A pipeline of Vertex AI", extra="cloud")
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import aiplatform
 

@@ -1,6 +1,5 @@
 """The server around the API: where it listens, who may ask, and how it stops."""
 
-import importlib.util
 import ipaddress
 import os
 import socket
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gemmate_lib.config import GemmateError
+from gemmate_lib.extras import need
 from gemmate_lib.serve.limits import Limits
 
 KEY = "GEMMATE_SERVE_KEY"
@@ -17,10 +17,8 @@ _SHORTEST = 16
 
 def check_installed() -> None:
     """Raise GemmateError where the packages of a server are missing."""
-    names = ("fastapi", "uvicorn", "prometheus_client")
-    if missing := [name for name in names if importlib.util.find_spec(name) is None]:
-        remedy = 'pip install "gemmate-course[serve]"'
-        raise GemmateError(f"Serving needs {missing[0]}, which is not installed. Run {remedy}.")
+    for package in ("fastapi", "uvicorn", "prometheus_client"):
+        need(package, "Serving", extra="serve")
 
 
 def is_loopback(host: str) -> bool:

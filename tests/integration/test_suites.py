@@ -291,7 +291,7 @@ def test_what_is_missing_is_named(folder, monkeypatch):
         find_tasks(["choose"], "nowhere")
     with pytest.raises(GemmateError, match="No task is named"):
         find_tasks([], folder / "tasks")
-    monkeypatch.setattr(suites, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(GemmateError, match=r'pip install "gemmate-course\[lm-eval\]"'):
         run_lm_eval(load_run(folder / "run"), ["choose"])
     project = Path(__file__).parents[2] / "pyproject.toml"

@@ -156,7 +156,7 @@ def test_a_missing_client_is_said_beforehand(monkeypatch: pytest.MonkeyPatch) ->
     check_cloud(TrackingConfig())
     check_cloud(TrackingConfig(cloud_monitoring="p"))
     monkeypatch.setitem(sys.modules, "google.cloud.monitoring_v3", None)
-    monkeypatch.setattr(cloud_metrics.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     check_cloud(TrackingConfig())
     with pytest.raises(GemmateError, match=r"gemmate-course\[cloud\]"):
         check_cloud(TrackingConfig(cloud_monitoring="p"))
