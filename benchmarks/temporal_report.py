@@ -1,7 +1,9 @@
 """What the runs of `temporal.py` show: tables for people, and whether the claims hold."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from gemmate_lib.stats import bootstrap, paired_bootstrap, wilson
 
@@ -36,7 +38,10 @@ def report(results: Results) -> dict[str, Any]:
         seeds = [r for n, r in results.items() if n.startswith(f"questions {arm} ")]
         found["questions"][arm] = _scores([seed["exam"] for seed in seeds]) | {"seeds": len(seeds)}
     for data in ("drift", "events"):
-        runs = {n.split(" ")[1]: r for n, r in results.items() if n.startswith(f"{data} ")}
+        runs: dict[str, list[Mapping[str, Any]]] = {}
+        for name, result in results.items():
+            if name.startswith(f"{data} "):
+                runs.setdefault(name.split(" ")[1], []).append(result["losses"])
         if runs:
             found["language"][data] = _language(runs)
     return found
@@ -56,21 +61,30 @@ def _scores(exams: list[Mapping[str, Any]]) -> dict[str, Any]:
     return scores
 
 
-def _language(runs: Results) -> dict[str, Any]:
-    """Mean loss of each arm and time, and what the true time gains: nats a text, with intervals."""
-    losses = {f"{arm}, {time}": v for arm, r in runs.items() for time, v in r["losses"].items()}
-    found: dict[str, Any] = {"loss": {}, "gain": {}}
+def _language(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Mean loss of each arm and time, and what the true time gains: nats a text, with intervals.
+
+    An arm that was trained several times has the mean of its losses, text by text.
+    """
+    losses = {
+        f"{arm}, {time}": np.mean([seed[time] for seed in seeds], axis=0)
+        for arm, seeds in runs.items() for time in seeds[0]
+    }  # fmt: skip
+    found: dict[str, Any] = {"loss": {}, "gain": {}, "seeds": {}}
     for name, values in losses.items():
         mean = bootstrap(values)
         time = name.split(", ")[1]  # what is best is the same for every arm
         label = time if time.startswith("best") else name
         found["loss"][label] = [mean.value, mean.low, mean.high]
-    true = losses.get("calendar, true")
-    for name in ("calendar, shuffled", "calendar, missing", "none, true", "text, true",
-                 "text, shuffled"):  # fmt: skip
-        if true and name in losses:
+    for arm in ("calendar", "era"):
+        rivals = (f"{arm}, shuffled", f"{arm}, missing", "none, true", "text, true",
+                  "text, shuffled")  # fmt: skip
+        for name in rivals if arm in runs else ():
+            true = losses[f"{arm}, true"]
             gain = paired_bootstrap(losses[name], true, higher_is_better=False).difference
-            found["gain"][f"calendar, true against {name}"] = [gain.value, gain.low, gain.high]
+            found["gain"][f"{arm}, true against {name}"] = [gain.value, gain.low, gain.high]
+    for arm, seeds in runs.items():
+        found["seeds"][arm] = [float(np.mean(seed["true"])) for seed in seeds]
     found["n"] = len(next(iter(losses.values())))
     return found
 
@@ -136,7 +150,11 @@ def readme_table(found: Mapping[str, Any]) -> str:
 
 
 def failures(found: Mapping[str, Any]) -> list[str]:
-    """What was claimed and does not hold; one headline that reaches every number is enough."""
+    """What was claimed and does not hold.
+
+    One headline that reaches every number is enough, and so is, for each kind of language, one
+    encoding whose true time gains on every other time and on none.
+    """
     missed = []
     for name, run in found["headline"].items():
         missed.append([
@@ -146,6 +164,11 @@ def failures(found: Mapping[str, Any]) -> list[str]:
         ])  # fmt: skip
     said = [] if [] in missed else [line for lines in missed for line in lines]
     for data, part in found["language"].items():
-        said += [f"{data}: {name} shows no gain" for name, (_, _, high) in part["gain"].items()
-                 if "text" not in name and high >= 0]  # fmt: skip
+        lost: dict[str, list[str]] = {}
+        for name, (_, _, high) in part["gain"].items():
+            lost.setdefault(name.split(",")[0], [])
+            if " text," not in name and high >= 0:
+                lost[name.split(",")[0]].append(f"{data}: {name} shows no gain")
+        if [] not in lost.values():
+            said += [line for arm in lost.values() for line in arm]
     return said

@@ -71,7 +71,7 @@ class ModelConfig(Settings):
     attention: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """How attention is computed; auto: what fits the machine."""
     temporal_kind: str | None = None
-    """GemmaTE's encoder of time: log, signed_log, fourier, calendar, or several joined by +."""
+    """GemmaTE's encoder of time: log, signed_log, fourier, calendar, era; several joined by +."""
     temporal_tau: Annotated[float, Field(gt=0)] = 0.1
     """The factor of the log encodings."""
     device: Literal["auto", "cpu", "cuda", "mps", "xla"] = "auto"

@@ -23,8 +23,8 @@ class ZeroLinear(nn.Linear):
 class TemporalEncoder(nn.Module):
     """Timestamps to what is added to the embeddings: [B] to [B, 1, D], [B, T] to [B, T, D].
 
-    kind: log (GemmaTE's own), signed_log, fourier, learned_fourier, calendar, or several of them
-    joined by `+`.
+    kind: log (GemmaTE's own), signed_log, fourier, learned_fourier, calendar, era, or several of
+    them joined by `+`.
     A timestamp that is MISSING has a learned vector of its own, and no other feature.
     Raises: GemmateError for an unknown kind.
     """

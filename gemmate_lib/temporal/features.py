@@ -43,6 +43,7 @@ PERIODS = (
     HOUR, DAY, 7 * DAY, GREGORIAN // 4800, GREGORIAN // 400, GREGORIAN // 40, GREGORIAN // 4,
 )  # fmt: skip
 CENTURY = GREGORIAN // 4
+WAVES = 16  # of `era`: the shortest lasts 25 years
 
 
 def _check(timestamps: torch.Tensor) -> None:
@@ -150,6 +151,21 @@ def fourier(
     return torch.cat([angle.sin(), angle.cos()], dim=-1)
 
 
+def era(timestamps: torch.Tensor, **_: Any) -> torch.Tensor:
+    """Return sine and cosine of the first WAVES harmonics of 400 years, float64 [..., 32].
+
+    A clock with no fine hand: days beside each other look the same, decades do not. So what is
+    learned at one date holds for its neighbours, and a date is hard to learn by heart, as it
+    should be where dated texts are few. The kth harmonic is divided by the square root of k: slow
+    changes weigh more. It cannot answer what day it is.
+    """
+    _check(timestamps)
+    order = torch.arange(1, WAVES + 1, device=timestamps.device)
+    phase = torch.remainder(timestamps - REFERENCE_MS, GREGORIAN).double() / GREGORIAN
+    angle = phase[..., None] * order * (2 * math.pi)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1) / order.repeat(2).sqrt()
+
+
 class Kind(NamedTuple):
     """From timestamps int64 [...], tau and shift to features float64 [..., F], and their number."""
 
@@ -163,6 +179,7 @@ KINDS = {
     "fourier": Kind(fourier, 2 * len(PERIODS)),
     "learned_fourier": Kind(fourier, 2 * len(PERIODS)),
     "calendar": Kind(calendar, sum(GROUPS.values())),
+    "era": Kind(era, 2 * WAVES),
 }
 
 

@@ -96,6 +96,23 @@ def test_learned_periods_start_as_the_fixed_ones_and_learn() -> None:
     assert learned.features(half)[0, len(f.PERIODS)].item() == pytest.approx(-1, abs=1e-6)
 
 
+def test_an_era_sees_decades_and_no_days() -> None:
+    year, origin = f.GREGORIAN // 400, -(3 * 10**12)
+    shift = torch.tensor([0, DAY, 10 * year, 100 * year, f.GREGORIAN, -7 * f.GREGORIAN])
+    start, day, decade, century, *round_again = f.era(origin + shift)
+    apart = [float((other - start).norm()) for other in (day, decade, century)]
+    assert 50 * apart[0] < apart[1] < apart[2]
+    assert all(torch.equal(start, again) for again in round_again)
+    # Each wave is a circle of radius 1 / sqrt(k) around zero, so that no time is louder.
+    radii = torch.hypot(*start.split(f.WAVES))
+    torch.testing.assert_close(radii, torch.arange(1, f.WAVES + 1).double() ** -0.5)
+    # The kth wave is itself again after a kth of 400 years, and opposite after half of that.
+    for k in range(1, f.WAVES + 1):
+        half = f.era(torch.tensor([origin + f.GREGORIAN // (2 * k)]))[0]
+        wave = [k - 1, k - 1 + f.WAVES]
+        torch.testing.assert_close(half[wave], -start[wave], atol=1e-9, rtol=0)
+
+
 def test_signed_log_tells_before_from_after() -> None:
     elapsed = torch.tensor([-(10**12), -5, -1, 0, 1, 5, 10**12])
     found = f.signed_log(REFERENCE_MS + elapsed)[:, 0]
