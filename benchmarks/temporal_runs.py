@@ -23,9 +23,8 @@ LANGUAGE = {
     "drift": {"none": 1, "text": 1, "calendar": 1, "era": 1},
     "events": {"none": 4, "text": 4, "era": 4, "calendar": 1},
 }
-# Real events are few: a date learned by heart is worth nothing. Whatever reads the time is taught
-# with dates some years off, otherwise in each pass, and now and then with none.
-OFF, WITHHELD = 4.0, 0.1  # years, one standard deviation; share of the rows
+# Real events are few, and a date learned by heart is worth nothing.
+BLUR = {"years": 4.0, "withheld": 0.1}
 Job = dict[str, Any]
 
 
@@ -99,13 +98,12 @@ def taught(rows: list[dict[str, Any]], job: Job) -> list[dict[str, Any]]:
     """Real events as often as they are passed, each time with another date near their own."""
     import random
 
-    from gemmate_lib.timestamps import MISSING, YEAR
+    from gemmate_lib.temporal.blur import blurred
 
     rng = random.Random(job["seed"])
     passes = -(-BATCH * job["steps"] // len(rows))
     return [
-        row | {"timestamp": MISSING if rng.random() < WITHHELD
-               else row["timestamp"] + round(rng.gauss(0, OFF) * YEAR)}
+        row | {"timestamp": blurred([row["timestamp"]], rng, **BLUR)[0]}
         for _ in range(passes) for row in rows
     ]  # fmt: skip
 

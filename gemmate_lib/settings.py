@@ -192,8 +192,17 @@ class TrainingConfig(Settings):
     """Rows of like length to one step: less padding, batches less mixed."""
     packing: bool = False
     """Several rows to one sequence of max_length, each blind to the others."""
+    timestamp_blur: Annotated[float, Field(ge=0)] = 0.0
+    """Move each row's time by a normal draw, anew in each pass. [years, one standard deviation]"""
+    timestamp_withheld: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Take the time from rows by chance, anew in each pass. [share of the rows]"""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
+
+    @property
+    def blurs(self) -> bool:
+        """Whether training sees other times than the rows have."""
+        return self.timestamp_blur > 0 or self.timestamp_withheld > 0
 
     @property
     def stops_early(self) -> bool:

@@ -31,6 +31,7 @@ from gemmate_lib.ranks import ALONE, Ranks
 from gemmate_lib.sampling import ByLength
 from gemmate_lib.sharding import trainer_settings
 from gemmate_lib.sharing import Together, share_rows, shares
+from gemmate_lib.temporal.blur import Blur
 from gemmate_lib.temporal.collate import collator_for
 from gemmate_lib.tracking import tracking
 
@@ -98,6 +99,9 @@ def train(
         if not experiment.training.packing:
             held = 2 * trainer.args.gradient_accumulation_steps + 2
             rows = trainer.data_collator = RowsOf(trainer.data_collator, keep=held)
+            if experiment.training.blurs:
+                trainer.data_collator = Blur(rows, experiment)
+                trainer.add_callback(trainer.data_collator)
         kept = [stopping, Checkpointing(keeping, stopping, ranks)] if keeping else []
         watch = Watch(report if ranks.first else None, rows)
         if tracker and monitor:

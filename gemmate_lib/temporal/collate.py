@@ -73,9 +73,13 @@ class TemporalCollator:
 def collator_for(model: Any, tokenizer: Any, experiment: Experiment) -> TemporalCollator | None:
     """Return the collator that a time-aware model needs; None, which is TRL's own, for a plain one.
 
-    Raises: GemmateError where only one of model and rows knows of time, or rows are packed.
+    Raises: GemmateError where only one of model and rows knows of time, rows are packed, or times
+        are to be blurred that there are not.
     """
     field, aware = experiment.dataset.timestamp, encoder_of(model) is not None
+    if experiment.training.blurs and not field:
+        problem = "training.timestamp_blur and timestamp_withheld are for rows with times"
+        raise GemmateError(f"{problem}. Name their field: dataset.timestamp=date.")
     if field and not aware:
         problem = f"The rows have times in {field}, the model has no encoder for them"
         raise GemmateError(f"{problem}. Set model.temporal_kind=calendar.")

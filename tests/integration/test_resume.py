@@ -1,5 +1,6 @@
 """Runs that were cut off go on as if nothing had happened, or say why they cannot."""
 
+import json
 import os
 import shutil
 import signal
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from gemmate_lib import checkpoints, sft
-from gemmate_lib.config import GemmateError
+from gemmate_lib.config import Facts, GemmateError, resolve
 from gemmate_lib.sft import Run, finetune_model, load_run
+from gemmate_lib.temporal.blur import Blur
 
 Make = Callable[..., Any]
 # 40 texts leave 32 to train on: eight steps of two times two an epoch, so that its end lies inside.
@@ -80,6 +82,40 @@ def grouped(experiment: Make, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return finetune_model(alike, out=tmp_path_factory.mktemp("grouped") / "run")
 
 
+@pytest.fixture(scope="module")
+def temporal_whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    folder = tmp_path_factory.mktemp("temporal")
+    rows = "".join(
+        json.dumps({"prompt": f"What was {i}?", "completion": f" It was {i}.", "when": i * 10**11})
+        + "\n"
+        for i in range(40)
+    )
+    (folder / "dated.jsonl").write_text(rows, "utf-8")
+    dated = {"dataset": str(folder / "dated.jsonl"), "dataset.timestamp": "when"}
+    split = {"dataset.validation_fraction": 0.1, "dataset.test_fraction": 0.1}
+    blur = {"training.timestamp_blur": 4, "training.timestamp_withheld": 0.2}
+    found = resolve(
+        "temporal", facts=Facts(), profile="tiny", overrides=SMALL | dated | split | blur
+    )
+    return finetune_model(found.experiment, out=folder / "run")
+
+
+def test_blurred_times_teach_something_else(
+    temporal_whole: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another draw in each pass: here all of them leave the times alone."""
+    passes = []
+    monkeypatch.setattr(
+        Blur, "_drawn", lambda self, row: passes.append(self.epoch) or row["timestamps"]
+    )
+    run = finetune_model(temporal_whole.experiment, out=tmp_path / "run")
+    assert passes[0] == 0 and passes[-1] == 1
+    # The encoder still says nothing at first, so that only what it learns is another.
+    assert run.log[0]["loss"] == temporal_whole.log[0]["loss"]
+    assert run.log[0]["grad_norm"] != temporal_whole.log[0]["grad_norm"]
+    assert not same(state(run), state(temporal_whole))
+
+
 @pytest.mark.parametrize("step", [3, 8, 10])
 def test_resume_where_rows_of_like_length_stand_together(
     step: int, grouped: Run, whole: Run, experiment: Make, tmp_path: Path
@@ -90,6 +126,15 @@ def test_resume_where_rows_of_like_length_stand_together(
     run = finetune_model(alike, out=out, resume="last")
     assert run.log == grouped.log != whole.log
     assert same(state(run), state(grouped))
+
+
+@pytest.mark.parametrize("step", [3, 8, 10])
+def test_resume_where_times_are_blurred(step: int, temporal_whole: Run, tmp_path: Path) -> None:
+    """Before, at and after the end of a pass: the second one draws other times than the first."""
+    out = cut_off_after(step, temporal_whole, tmp_path / "run")
+    run = finetune_model(temporal_whole.experiment, out=out, resume="last")
+    assert run.log == temporal_whole.log
+    assert same(state(run), state(temporal_whole))
 
 
 def test_without_the_rng_another_result_comes_out(
