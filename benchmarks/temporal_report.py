@@ -70,7 +70,7 @@ def _language(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
         f"{arm}, {time}": np.mean([seed[time] for seed in seeds], axis=0)
         for arm, seeds in runs.items() for time in seeds[0]
     }  # fmt: skip
-    found: dict[str, Any] = {"loss": {}, "gain": {}, "seeds": {}}
+    found: dict[str, Any] = {"loss": {}, "gain": {}}
     for name, values in losses.items():
         mean = bootstrap(values)
         time = name.split(", ")[1]  # what is best is the same for every arm
@@ -79,12 +79,13 @@ def _language(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
     for arm in ("calendar", "era"):
         rivals = (f"{arm}, shuffled", f"{arm}, missing", "none, true", "text, true",
                   "text, shuffled")  # fmt: skip
-        for name in rivals if arm in runs else ():
+        for name in (r for r in rivals if arm in runs and r in losses):
             true = losses[f"{arm}, true"]
             gain = paired_bootstrap(losses[name], true, higher_is_better=False).difference
             found["gain"][f"{arm}, true against {name}"] = [gain.value, gain.low, gain.high]
-    for arm, seeds in runs.items():
-        found["seeds"][arm] = [float(np.mean(seed["true"])) for seed in seeds]
+    found["seeds"] = {
+        arm: [float(np.mean(s["true"])) for s in seeds] for arm, seeds in runs.items()
+    }
     found["n"] = len(next(iter(losses.values())))
     return found
 
@@ -117,6 +118,9 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield "| | mean | 95 % |\n| --- | --- | --- |"
         for name, (value, low, high) in (part["loss"] | part["gain"]).items():
             yield f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} |"
+        for arm, means in part["seeds"].items():
+            if len(means) > 1:
+                yield f"| {arm}, true, each training | {', '.join(f'{m:.2f}' for m in means)} | |"
     if cost := found.get("cost"):
         yield "\nwhat it costs, against the base\n"
         yield "| | ratio | range |\n| --- | --- | --- |"

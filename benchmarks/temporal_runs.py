@@ -21,7 +21,7 @@ QUESTIONED = [arm for arm in ARMS if arm != "era"]  # which sees no days
 # Language: how often each arm is trained; two models trained alike differ by what time gains.
 LANGUAGE = {
     "drift": {"none": 1, "text": 1, "calendar": 1, "era": 1},
-    "events": {"none": 4, "text": 4, "era": 4, "calendar": 1},
+    "events": {"none": 3, "text": 3, "era": 3, "calendar": 1},
 }
 # Real events are few, and a date learned by heart is worth nothing.
 BLUR = {"years": 4.0, "withheld": 0.1}

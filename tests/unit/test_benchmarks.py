@@ -103,3 +103,58 @@ def test_what_the_table_tells_holds_in_the_files() -> None:
     assert served["arms"]["mixed batches"]["16"]["times as fast"][0] > 1
     copy = found["loading"]["ways"]["4-bit copy"]
     assert copy["times as fast"][0] >= 15 and copy["GiB"][2] < 4 and found["loading"]["same logits"]
+
+
+def test_real_events_are_taught_a_little_off_and_alike_in_every_arm() -> None:
+    from temporal_runs import as_seen, taught
+
+    from gemmate_lib.timestamps import MISSING, YEAR
+
+    rows = [{"text": f"Event {i}.", "timestamp": -i * 10**12} for i in range(10)]
+    job = {"seed": 1, "steps": 100, "kind": "era", "data": "events"}
+    drawn = taught(rows, job)
+    assert drawn == taught(rows, job | {"kind": None, "text": True})
+    assert len(drawn) == 3200 and [row["text"] for row in drawn[:20]] == [
+        row["text"] for row in rows * 2
+    ]
+    known = [row for row in drawn if row["timestamp"] != MISSING]
+    assert 0.87 < len(known) / len(drawn) < 0.93
+    own = {row["text"]: row["timestamp"] for row in rows}
+    off = [(row["timestamp"] - own[row["text"]]) / YEAR for row in known]
+    assert (sum(x * x for x in off) / len(off)) ** 0.5 == pytest.approx(4, rel=0.05)
+    text = job | {"kind": None, "text": True}
+    assert as_seen(rows[0], text).prompt == "Thursday, 1 January 1970. "
+    assert as_seen(rows[0], text, MISSING).prompt == "" == as_seen(rows[0], job).prompt
+    assert as_seen(rows[0], job, MISSING).times == ((0, MISSING),)
+
+
+def test_what_time_gains_is_told_of_the_mean_of_several_trainings() -> None:
+    from temporal_report import failures, lines, report
+
+    def run(true: float, **others: float) -> dict[str, dict[str, list[float]]]:
+        means = {"true": true} | others
+        return {"losses": {t: [m, m + 1, m + 2, m + 4] for t, m in means.items()}}
+
+    found = report({
+        "events none 0": run(9.0), "events none 1": run(11.0), "events text 0": run(7.0),
+        "events era 0": run(8.0, shuffled=12.0, missing=9.5),
+        "events era 1": run(9.0, shuffled=14.0, missing=9.5),
+    })  # fmt: skip
+    part = found["language"]["events"]
+    assert part["n"] == 4 and part["seeds"]["era"] == [9.75, 10.75]
+    gains = {name: value for name, (value, _, _) in part["gain"].items()}
+    assert gains == pytest.approx({
+        "era, true against era, shuffled": -4.5, "era, true against era, missing": -1.0,
+        "era, true against none, true": -1.5, "era, true against text, true": 1.5,
+    })  # fmt: skip
+    assert failures(found) == []  # what is written into the prompt may be better
+    assert "| none, true, each training | 10.75, 12.75 | |" in "\n".join(
+        lines(found | {"headline": {}, "questions": {}})
+    )
+    for name in ("era, shuffled", "era, missing", "none, true"):
+        worse = json.loads(json.dumps(found))
+        worse["language"]["events"]["gain"][f"era, true against {name}"] = [-0.5, -1.0, 0.0]
+        assert failures(worse) == [f"events: era, true against {name} shows no gain"]
+        gain = worse["language"]["events"]["gain"]
+        gain |= {f"calendar{k[3:]}": [-1, -2, -0.5] for k in gain}
+        assert failures(worse) == []  # one encoding that gains is enough
