@@ -72,14 +72,14 @@ def timed(experiment: Any, splits: Any, folder: Path) -> tuple[float, list[float
     tuned = attach_lora(base.model, experiment.lora, seed=0)
     clock, times = TrainerCallback(), [0.0]
     clock.on_step_end = lambda *_, **__: times.append(time.perf_counter())
-    build = trainer._build
+    build = trainer.build_trainer
 
     def clocked(*given: Any, **named: Any) -> Any:
         made = build(*given, **named)
         made.add_callback(clock)
         return made
 
-    with mock.patch.object(trainer, "_build", clocked):
+    with mock.patch.object(trainer, "build_trainer", clocked):
         log = trainer.train(tuned, base.tokenizer, splits, experiment, folder)
     losses = [record["loss"] for record in log if "loss" in record]
     return (times[-1] - times[WARM]) / (len(times) - 1 - WARM), losses

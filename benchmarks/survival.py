@@ -55,7 +55,7 @@ def watched_steps() -> dict[str, Any]:
         setattr(callbacks.Watch, name, timed(getattr(callbacks.Watch, name)))
     first, last = TrainerCallback(), TrainerCallback()
     first.on_step_begin, last.on_step_end = begin, end
-    real = trainer._build
+    real = trainer.build_trainer
 
     def clocked(*given: Any, **named: Any) -> Any:
         built = real(*given, **named)
@@ -69,7 +69,7 @@ def watched_steps() -> dict[str, Any]:
         built.train = go
         return built
 
-    trainer._build = clocked
+    trainer.build_trainer = clocked
     with tempfile.TemporaryDirectory() as folder:
         finetune_model(experiment, out=Path(folder) / "run")
     shares = [w / (s - w) for w, s in zip(watch, steps, strict=False)]

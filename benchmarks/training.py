@@ -106,18 +106,18 @@ def run(model: str, arm: str, steps: int, folder: Path) -> tuple[float, list[flo
     """Seconds of a step, and the loss after each."""
     import torch
 
-    from gemmate_lib import trainer
+    from gemmate_lib import trl_trainer
     from gemmate_lib.sft import load_splits
 
     found = settings_of(model, arm, steps)
     extra = {key[4:]: value for key, value in ARMS[arm].items() if key.startswith("trl.")}
-    arguments = trainer._arguments
+    arguments = trl_trainer._arguments
 
     def with_extra(*given: Any, **named: Any) -> Any:
         return dataclasses.replace(arguments(*given, **named), **extra)
 
     torch.compiler.reset()  # nothing compiled before helps this run
-    with mock.patch.object(trainer, "_arguments", with_extra):
+    with mock.patch.object(trl_trainer, "_arguments", with_extra):
         return timed(found, load_splits(found), folder / "trainer")
 
 

@@ -85,6 +85,33 @@ def encode_all(
     return [ids for ids in found if ids is not None]
 
 
+def token_rows(
+    rows: list[Row], tokenizer: Any, *, max_length: int, over_long: str, numbered: bool = False
+) -> Any:
+    """Return a data set of `input_ids` and `labels` (-100 where no loss is taken).
+
+    Where the rows have times, also of `timestamps`: each token's, for GemmaTE's collator;
+    `numbered`: also of `row`, its number in the source.
+
+    Raises: GemmateError where a row would teach nothing, or never to stop.
+    """
+    from datasets import Dataset
+
+    encoded = [encode(row, tokenizer, max_length=max_length, over_long=over_long) for row in rows]
+    kept = [ids for ids in encoded if ids is not None]
+    for ids in kept:
+        if not ids.cut and ids.labels[-1] != tokenizer.eos_token_id:
+            raise GemmateError("A row does not end in EOS: the model would never learn to stop.")
+    if not any(label != -100 for ids in kept for label in ids.labels):
+        raise GemmateError("No row has a label: raise dataset.max_length.")
+    numbers = [row.source_row for row, ids in zip(rows, encoded, strict=True) if ids is not None]
+    columns: dict[str, list[Any]] = {"row": numbers} if numbered else {}
+    columns |= {"input_ids": [i.input_ids for i in kept], "labels": [i.labels for i in kept]}
+    if kept[0].timestamps:
+        columns["timestamps"] = [i.timestamps or [] for i in kept]
+    return Dataset.from_dict(columns)
+
+
 def _parts(row: Row, tokenizer: Any) -> tuple[list[tuple[int, int]], ...]:
     """Tokens of bos, prompt, and completion with eos, each with the character it starts at."""
     if tokenizer.eos_token_id is None:

@@ -34,7 +34,7 @@ from gemmate_lib.settings import digest
 from gemmate_lib.sharding import is_sharded, put_together
 from gemmate_lib.sharing import SAME, shares
 from gemmate_lib.tracking import check_tracker
-from gemmate_lib.trainer import Report, train
+from gemmate_lib.trainer import Report, TrainContext, train
 from gemmate_lib.trust import experiment_of
 
 
@@ -182,11 +182,14 @@ def finetune_model(
         monitor = Monitor(folder, name=experiment.name, budget=budget, fresh=not resume)
         model = attach(base.model, experiment)
         loaded = time.perf_counter()
+        around = TrainContext(
+            keeping_for(experiment, out, identity) if keeps else None,
+            start.path, ranks, budget, monitor,
+        )  # fmt: skip
         with monitor.watching():
             log = train(
                 model, base.tokenizer, splits, experiment, folder / "trainer", report=report,
-                keeping=keeping_for(experiment, out, identity) if keeps else None,
-                resume_from=start.path, ranks=ranks, budget=budget, monitor=monitor,
+                around=around,
             )  # fmt: skip
         whole = put_together(model) if shared else None
         if ranks.first:

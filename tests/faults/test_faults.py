@@ -156,14 +156,14 @@ def test_nan(what: str, experiment: Make, tmp_path: Path, note: Note,
              monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     from gemmate_lib import trainer
 
-    real = trainer._build
+    real = trainer.build_trainer
 
     def poisoned(*given: Any, **named: Any) -> Any:
         built = real(*given, **named)
         built.add_callback(Poison(what))
         return built
 
-    monkeypatch.setattr(trainer, "_build", poisoned)
+    monkeypatch.setattr(trainer, "build_trainer", poisoned)
     settings = experiment(**FAST)
     with pytest.raises(callbacks.Diverged, match=r"in step 3: .* rows \d+, \d+") as error:
         finetune_model(settings, out=tmp_path / "run")

@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 from gemmate_lib.config import GemmateError
 from gemmate_lib.generate import generate_texts
 from gemmate_lib.models import load_base
+from gemmate_lib.rows import token_rows
 from gemmate_lib.sft import finetune_model, finetune_or_load, load_run, load_splits, open_run
-from gemmate_lib.trainer import token_rows, train
+from gemmate_lib.trainer import train
 
 Make = Callable[..., Any]
 SHORT = {"max_steps": 4, "eval_every": 2, "dataset.limit": 60, "training.warmup_steps": 1}
