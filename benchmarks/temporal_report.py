@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from gemmate_lib.stats import bootstrap, paired_bootstrap, wilson
+from gemmate_lib.stats import bootstrap, over_seeds, paired_bootstrap, wilson
 
 REQUIRED = {
     "date": 0.99, "weekday": 0.99, "time": 0.99, "year": 0.99, "yesterday": 0.98, "tomorrow": 0.98,
@@ -64,13 +64,15 @@ def _scores(exams: list[Mapping[str, Any]]) -> dict[str, Any]:
 def _language(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """Mean loss of each arm and time, and what the true time gains: nats a text, with intervals.
 
-    An arm that was trained several times has the mean of its losses, text by text.
+    An arm that was trained several times has the mean of its losses, text by text; its gain over
+    trainings takes each of them for one value, and tells how far the next might be off.
     """
     losses = {
         f"{arm}, {time}": np.mean([seed[time] for seed in seeds], axis=0)
         for arm, seeds in runs.items() for time in seeds[0]
     }  # fmt: skip
-    found: dict[str, Any] = {"loss": {}, "gain": {}}
+    trained: dict[str, list[float]] = {}
+    found: dict[str, Any] = {"loss": {}, "gain": {}, "gain over trainings": trained}
     for name, values in losses.items():
         mean = bootstrap(values)
         time = name.split(", ")[1]  # what is best is the same for every arm
@@ -83,6 +85,11 @@ def _language(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]
             true = losses[f"{arm}, true"]
             gain = paired_bootstrap(losses[name], true, higher_is_better=False).difference
             found["gain"][f"{arm}, true against {name}"] = [gain.value, gain.low, gain.high]
+            rival, time = name.split(", ")
+            if len(runs[arm]) == len(runs[rival]) > 1:  # seed by seed: the same rows in their order
+                pairs = zip(runs[arm], runs[rival], strict=True)
+                each = over_seeds([np.mean(a["true"]) - np.mean(b[time]) for a, b in pairs])
+                trained[f"{arm}, true against {name}"] = [each.value, each.low, each.high]
     found["seeds"] = {
         arm: [float(np.mean(s["true"])) for s in seeds] for arm, seeds in runs.items()
     }
@@ -118,6 +125,8 @@ def lines(found: Mapping[str, Any]) -> Iterator[str]:
         yield "| | mean | 95 % |\n| --- | --- | --- |"
         for name, (value, low, high) in (part["loss"] | part["gain"]).items():
             yield f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} |"
+        for name, (value, low, high) in part["gain over trainings"].items():
+            yield f"| {name}, over trainings | {value:.3f} | {low:.3f} to {high:.3f} |"
         for arm, means in part["seeds"].items():
             if len(means) > 1:
                 yield f"| {arm}, true, each training | {', '.join(f'{m:.2f}' for m in means)} | |"

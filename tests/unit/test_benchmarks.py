@@ -147,6 +147,12 @@ def test_what_time_gains_is_told_of_the_mean_of_several_trainings() -> None:
         "era, true against era, shuffled": -4.5, "era, true against era, missing": -1.0,
         "era, true against none, true": -1.5, "era, true against text, true": 1.5,
     })  # fmt: skip
+    each = part["gain over trainings"]
+    assert set(each) == {f"era, true against {n}" for n in ("era, shuffled", "era, missing",
+                                                            "none, true")}  # fmt: skip
+    assert each["era, true against none, true"] == pytest.approx(  # -1 and -2: t of one degree
+        [-1.5, -1.5 - 12.706 * 0.5, -1.5 + 12.706 * 0.5], rel=1e-4
+    )
     assert failures(found) == []  # what is written into the prompt may be better
     assert "| none, true, each training | 10.75, 12.75 | |" in "\n".join(
         lines(found | {"headline": {}, "questions": {}})
