@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -31,6 +32,12 @@ def where() -> dict[str, Any]:
     from gemmate_lib import machine
 
     return machine.describe() | {"versions": {name: metadata.version(name) for name in PACKAGES}}
+
+
+def with_block(text: str, name: str, block: str) -> str:
+    """Put a generated block between the marks <!-- name --> and <!-- /name --> of Markdown."""
+    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+    return re.sub(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
 
 
 def random_gemma(folder: Path, hidden: int, layers: int) -> str:

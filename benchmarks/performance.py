@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from common import shown, spread
+from common import shown, spread, with_block
 
-HERE, MARK = Path(__file__).parent, ("<!-- performance -->\n", "\n<!-- /performance -->")
+HERE = Path(__file__).parent
 HEAD = """| what | before, or they | after, or ours | ratio | machine |
 |---|---|---|---|---|"""
 
@@ -114,9 +114,7 @@ def main() -> None:
         print(table())
         return
     page = Path(sys.argv[1])
-    before, _, rest = page.read_text("utf-8").partition(MARK[0])
-    after = rest.partition(MARK[1])[2]
-    page.write_text(f"{before}{MARK[0]}{table()}{MARK[1]}{after}", "utf-8")
+    page.write_text(with_block(page.read_text("utf-8"), "performance", table()), "utf-8")
 
 
 if __name__ == "__main__":

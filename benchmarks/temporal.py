@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from common import HIDDEN, parser_for, write
-from temporal_report import failures, lines, readme_table, report
+from common import HIDDEN, parser_for, with_block, write
+from temporal_report import failures, lines, readme_tables, report
 from temporal_runs import Job, do, jobs
 
 
@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--work", type=Path, help="folder that keeps the runs")
     parser.add_argument("--parts", default="headline,questions,drift,events,cost")
     parser.add_argument("--at-a-time", type=int, default=2, help="runs side by side")
-    parser.add_argument("--readme", type=Path, help="Markdown file to write the main table into")
+    parser.add_argument("--readme", type=Path, help="Markdown file to write the main tables into")
     parser.add_argument("--job", help=HIDDEN)
     given = parser.parse_args(arguments)
     from gemmate_lib import machine
@@ -113,11 +113,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print("\n".join(lines(found)))
     write(found, given.out)
     if given.readme:
-        whole = given.readme.read_text("utf-8")
-        before, _, rest = whole.partition("<!-- temporal -->\n")
-        after = rest.partition("<!-- /temporal -->")[2]
-        table = f"<!-- temporal -->\n{readme_table(found)}\n<!-- /temporal -->"
-        given.readme.write_text(before + table + after, "utf-8")
+        page = given.readme.read_text("utf-8")
+        for name, table in readme_tables(found).items():
+            page = with_block(page, name, table)
+        given.readme.write_text(page, "utf-8")
     for missed in failures(found):
         print(f"failed: {missed}", file=sys.stderr)
     return 1 if failures(found) else 0

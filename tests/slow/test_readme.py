@@ -40,6 +40,11 @@ def test_the_commands_of_the_readme_run(tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text(
         '{"prompt": "What year is it?", "timestamp": "2009-02-13"}\n', "utf-8"
     )
+    dated = [
+        {"text": f"A ship came in {1700 + 4 * i}.", "date": f"{1700 + 4 * i}-06-01"}
+        for i in range(80)
+    ]
+    (tmp_path / "dated.jsonl").write_text("".join(json.dumps(r) + "\n" for r in dated), "utf-8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     env = os.environ | {
         "PATH": path,
