@@ -5,7 +5,7 @@ the two generated tables of the README.
 """
 
 import json
-import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,12 +79,6 @@ def profiles_table() -> str:
     return "\n".join(lines)
 
 
-def with_block(text: str, name: str, block: str) -> str:
-    """Replace what stands between the marks of a generated block."""
-    pattern = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}{block}\n{m[2]}", text, flags=re.DOTALL)
-
-
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
     with pytest.MonkeyPatch.context() as patch:
@@ -141,6 +135,9 @@ def test_the_readme_is_not_stale() -> None:
 
 
 if __name__ == "__main__":
+    sys.path.append(str(ROOT / "benchmarks"))
+    from common import with_block
+
     measured = measure()
     GOLDEN.write_text(json.dumps(measured, indent=1) + "\n", "utf-8")
     readme = ROOT / "README.md"

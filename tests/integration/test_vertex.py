@@ -235,7 +235,9 @@ def test_a_pipeline_job(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("package", ["kfp", "google.cloud.aiplatform", "google.genai"])
-def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(
+    package: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     from gemmate_lib.managed_tuning import tuning_call
 
     find = importlib.util.find_spec
@@ -244,7 +246,7 @@ def test_a_missing_package_is_named(package: str, monkeypatch: pytest.MonkeyPatc
         "find_spec",
         lambda name, *more: None if name == package else find(name, *more),
     )
-    make = {"kfp": lambda: compile_pipeline("p.yaml"),
+    make = {"kfp": lambda: compile_pipeline(tmp_path / "p.yaml"),
             "google.cloud.aiplatform": lambda: create_training_job(
                 experiment_for("g2-standard-8"), **WHERE),
             "google.genai": lambda: tuning_call("gs://bucket/a.jsonl")}[package]  # fmt: skip
