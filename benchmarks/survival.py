@@ -23,7 +23,7 @@ def watched_steps() -> dict[str, Any]:
     """Processor seconds of a step, of the watch within it, and its share, step by step."""
     from transformers import TrainerCallback
 
-    from gemmate_lib import callbacks, trainer
+    from gemmate_lib import divergence, trainer
     from gemmate_lib.config import Facts, resolve
     from gemmate_lib.sft import finetune_model
 
@@ -52,7 +52,7 @@ def watched_steps() -> dict[str, Any]:
 
     names = ("on_step_begin", "on_substep_end", "on_pre_optimizer_step", "on_step_end")
     for name in names:
-        setattr(callbacks.Watch, name, timed(getattr(callbacks.Watch, name)))
+        setattr(divergence.Watch, name, timed(getattr(divergence.Watch, name)))
     first, last = TrainerCallback(), TrainerCallback()
     first.on_step_begin, last.on_step_end = begin, end
     real = trainer.build_trainer

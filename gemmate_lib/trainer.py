@@ -15,15 +15,13 @@ from gemmate_lib.callbacks import (
     Checkpointing,
     Interrupted,
     Keeping,
-    Report,
-    RowsOf,
     Stopping,
-    Watch,
 )
 from gemmate_lib.checkpoints import name_of, verify
 from gemmate_lib.cloud_metrics import cloud_metrics
 from gemmate_lib.config import Experiment
 from gemmate_lib.data import Splits
+from gemmate_lib.divergence import Report, RowsOf, Watch
 from gemmate_lib.memory import said_in_numbers
 from gemmate_lib.monitor import Monitor
 from gemmate_lib.ranks import ALONE, Ranks

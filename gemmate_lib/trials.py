@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from gemmate_lib.budget import refuse_budget
-from gemmate_lib.callbacks import Diverged
 from gemmate_lib.config import CheckpointConfig, Experiment, GemmateError
 from gemmate_lib.crew import REASON
 from gemmate_lib.data import Splits
+from gemmate_lib.divergence import Diverged
 from gemmate_lib.extras import need
 from gemmate_lib.memory import OutOfMemory, asked_mib
 from gemmate_lib.sft import finetune_model, load_splits

@@ -20,7 +20,16 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from gemmate_lib import callbacks, machine, ranked, ranks, resume, sft, sharding, sharing
+from gemmate_lib import (
+    divergence,
+    machine,
+    ranked,
+    ranks,
+    resume,
+    sft,
+    sharding,
+    sharing,
+)
 from gemmate_lib.config import GemmateError, LoraSettings, ModelConfig
 from gemmate_lib.models import attach_lora, load_base, save_adapter
 
@@ -70,7 +79,7 @@ def one_step(loaded: Any, model: Any, rows: torch.Tensor, share: int) -> None:
     given = {"timestamps": rows[:, 0] * 10**12} if hasattr(loaded.model, "temporal") else {}
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    watch = callbacks.Watch(None)
+    watch = divergence.Watch(None)
     watch.on_train_begin(None, None, None, model=model)
     logits = model(input_ids=rows, use_cache=False, **given).logits[:, :-1].flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, rows[:, 1:].flatten(), reduction="sum")

@@ -19,7 +19,7 @@ from damage import flip, truncate
 from hub import Hub, serving
 from kills import PHASES
 
-from gemmate_lib import callbacks, checkpoints
+from gemmate_lib import callbacks, checkpoints, divergence
 from gemmate_lib.adapters import load_adapter
 from gemmate_lib.config import GemmateError, ModelConfig
 from gemmate_lib.models import load_base, model_path
@@ -165,7 +165,7 @@ def test_nan(what: str, experiment: Make, tmp_path: Path, note: Note,
 
     monkeypatch.setattr(trainer, "build_trainer", poisoned)
     settings = experiment(**FAST)
-    with pytest.raises(callbacks.Diverged, match=r"in step 3: .* rows \d+, \d+") as error:
+    with pytest.raises(divergence.Diverged, match=r"in step 3: .* rows \d+, \d+") as error:
         finetune_model(settings, out=tmp_path / "run")
     folder = tmp_path / "run" / "checkpoints"
     assert [path.name for path in checkpoints.paths(folder)] == ["checkpoint-2", "checkpoint-1"]
@@ -184,7 +184,7 @@ def test_nan_in_the_base(experiment: Make, tmp_path: Path, note: Note) -> None:
     weights[name][0, 0] = float("nan")  # behind finite scores: attention hides it
     save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
     settings = experiment(**FAST | {"model.id": str(base), "model.quantization": "none"})
-    with pytest.raises(callbacks.Diverged, match="not finite before the first step") as error:
+    with pytest.raises(divergence.Diverged, match="not finite before the first step") as error:
         finetune_model(settings, out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
     note("NaN in the base", "does not start", error.value)
@@ -195,8 +195,8 @@ def test_out_of_memory(experiment: Make, tmp_path: Path, note: Note,
     def full(*given: Any, **named: Any) -> None:
         torch.empty(2**50, dtype=torch.uint8)  # a petabyte: torch's own error
 
-    monkeypatch.setattr(callbacks.Watch, "on_substep_end", full)
-    monkeypatch.setattr(callbacks.Watch, "on_pre_optimizer_step", full)
+    monkeypatch.setattr(divergence.Watch, "on_substep_end", full)
+    monkeypatch.setattr(divergence.Watch, "on_pre_optimizer_step", full)
     settings = experiment(**FAST | {"training.batch_size": 4})
     with pytest.raises(GemmateError, match="Out of memory: 4 rows of up to") as error:
         finetune_model(settings, out=tmp_path / "run")

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from gemmate_lib import checkpoints, cli, monitor
 from gemmate_lib.budget import Spent
-from gemmate_lib.callbacks import Diverged
 from gemmate_lib.config import BudgetConfig, GemmateError, TrackingConfig
+from gemmate_lib.divergence import Diverged
 from gemmate_lib.journal import JOURNAL, Journal, read_journal
 from gemmate_lib.monitor import Monitor
 from gemmate_lib.resume import identity_of

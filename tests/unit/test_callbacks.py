@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from gemmate_lib.callbacks import OVERFLOWS, Diverged, RowsOf, Stopping, Watch, finite
+from gemmate_lib.callbacks import Stopping
+from gemmate_lib.divergence import OVERFLOWS, Diverged, RowsOf, Watch, finite
 
 Given = dict[str, Any]
 

@@ -17,8 +17,9 @@ from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from trl import SFTConfig
 
 from gemmate_lib import launch
-from gemmate_lib.callbacks import Interrupted, Watch
+from gemmate_lib.callbacks import Interrupted
 from gemmate_lib.config import Facts, GemmateError, ModelConfig
+from gemmate_lib.divergence import Watch
 from gemmate_lib.fourbit import nf4_settings
 from gemmate_lib.launch import Cluster, check_cluster
 from gemmate_lib.models import load_base
